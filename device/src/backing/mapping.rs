@@ -1,0 +1,158 @@
+//! A reserved piece of address space and the memory-management calls on it.
+#![expect(
+    unsafe_code,
+    reason = "mmap, mprotect, madvise and mincore take raw addresses; this module is the only caller"
+)]
+
+use std::ffi::c_void;
+use std::io;
+use std::ops::Range;
+use std::ptr::NonNull;
+
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+
+/// Anonymous private address space that belongs to nobody else until it is dropped.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+    /// Where `mmap` put it, before alignment.
+    reserved: *mut c_void,
+    reserved_len: usize,
+}
+
+// SAFETY: the mapping is memory of the process, not of a thread, and no method keeps a reference into it.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; concurrent calls on it are serialised by the kernel.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Reserves `len` bytes at a multiple of `align`, all closed.
+    ///
+    /// The kernel keeps the mapping in as few pieces as there are runs of equal protection only if all
+    /// pieces share one `anon_vma`. They do if the mapping has one before it is first split, so one page is
+    /// touched and given back while the mapping is still whole. A host that accounts strictly may refuse a
+    /// writable mapping of this size; the mapping is then made closed, and neighbours may fail to merge.
+    pub(super) fn reserve(len: u64, align: u64) -> io::Result<Self> {
+        let too_large = |_| io::Error::from(io::ErrorKind::OutOfMemory);
+        let len = usize::try_from(len).map_err(too_large)?;
+        let align = usize::try_from(align).map_err(too_large)?;
+        if len == 0 {
+            return Ok(Self {
+                start: NonNull::without_provenance(
+                    std::num::NonZero::new(align).ok_or(io::ErrorKind::InvalidInput)?,
+                ),
+                len,
+                reserved: std::ptr::null_mut(),
+                reserved_len: 0,
+            });
+        }
+        let reserved_len = len.checked_add(align).ok_or(io::ErrorKind::OutOfMemory)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let map = |prot| {
+            // SAFETY: a new mapping at an address of the kernel's choice, which touches nothing there is.
+            unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), reserved_len, prot, flags) }
+        };
+        let (reserved, whole) = match map(ProtFlags::READ | ProtFlags::WRITE) {
+            Ok(reserved) => (reserved, true),
+            Err(_) => (map(ProtFlags::empty())?, false),
+        };
+        let padding = reserved.addr().wrapping_neg() & (align - 1);
+        let start = reserved.wrapping_byte_add(padding).cast();
+        let mapping = Self {
+            start: NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?,
+            len,
+            reserved,
+            reserved_len,
+        };
+        if whole {
+            // SAFETY: the byte is inside the mapping just made, which is writable and known to nobody else.
+            unsafe { mapping.start.write_volatile(1) };
+            mapping.discard(0..len as u64)?;
+            // SAFETY: the whole mapping just made, known to nobody else.
+            unsafe { rustix::mm::mprotect(reserved, reserved_len, MprotectFlags::empty()) }?;
+        }
+        Ok(mapping)
+    }
+
+    pub(super) fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Makes `range` readable and writable, or neither.
+    pub(super) fn protect(&self, range: Range<u64>, open: bool) -> io::Result<()> {
+        let (start, len) = self.slice(range)?;
+        let flags = match open {
+            true => MprotectFlags::READ | MprotectFlags::WRITE,
+            false => MprotectFlags::empty(),
+        };
+        // SAFETY: `slice` has checked that the range lies inside this mapping, which nobody else owns. No
+        // Rust reference points into it; volatile accesses through a region go to open blocks only.
+        Ok(unsafe { rustix::mm::mprotect(start, len, flags) }?)
+    }
+
+    /// Gives the pages of `range` back; the next access sees zeroes.
+    pub(super) fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        self.advise(range, Advice::LinuxDontNeed)
+    }
+
+    /// Tells the kernel how `range` will be used.
+    pub(super) fn advise(&self, range: Range<u64>, advice: Advice) -> io::Result<()> {
+        let (start, len) = self.slice(range)?;
+        // SAFETY: `slice` has checked that the range lies inside this mapping, which nobody else owns, and
+        // whose contents are guest memory that Rust makes no assumptions about.
+        Ok(unsafe { rustix::mm::madvise(start, len, advice) }?)
+    }
+
+    /// Bytes of `range` that have a page behind them.
+    pub(super) fn resident_bytes(&self, range: Range<u64>) -> io::Result<u64> {
+        // One byte of answer a page, so a large range is asked for in pieces.
+        const PAGES: usize = 1 << 16;
+        let page_size = rustix::param::page_size();
+        let (start, len) = self.slice(range)?;
+        let mut answer = vec![0u8; PAGES.min(len.div_ceil(page_size))];
+        let mut resident = 0;
+        for offset in (0..len).step_by(PAGES * page_size) {
+            let piece = (len - offset).min(PAGES * page_size);
+            let at = start.wrapping_byte_add(offset);
+            // SAFETY: the piece lies inside this mapping and `answer` has a byte for each of its pages.
+            let result = unsafe { libc::mincore(at, piece, answer.as_mut_ptr()) };
+            if result != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let pages = answer.iter().take(piece.div_ceil(page_size));
+            resident += pages.filter(|byte| **byte & 1 != 0).count() as u64;
+        }
+        Ok(resident * page_size as u64)
+    }
+
+    fn slice(&self, range: Range<u64>) -> io::Result<(*mut c_void, usize)> {
+        let outside = io::ErrorKind::InvalidInput;
+        let start = usize::try_from(range.start).map_err(|_| outside)?;
+        let end = usize::try_from(range.end).map_err(|_| outside)?;
+        if start > end || end > self.len {
+            return Err(outside.into());
+        }
+        let at = self.start.as_ptr().wrapping_byte_add(start).cast();
+        Ok((at, end - start))
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.reserved_len > 0 {
+            // SAFETY: exactly what `reserve` mapped; whoever could still reach it holds the backing alive.
+            let result = unsafe { rustix::mm::munmap(self.reserved, self.reserved_len) };
+            if let Err(error) = result {
+                log::error!(
+                    "cannot unmap {} bytes of device memory: {error}",
+                    self.reserved_len
+                );
+            }
+        }
+    }
+}

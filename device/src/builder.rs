@@ -1,0 +1,209 @@
+//! Putting a device together; every wrong combination ends here.
+
+use std::sync::Arc;
+
+use virtio_mem_wire::{Features, Geometry, GeometryError};
+use vm_memory::GuestAddress;
+
+use crate::VirtioMem;
+use crate::backing::Backing;
+use crate::device::{Device, Setup};
+use crate::handle::{ResizeError, check_size};
+use crate::slots::{NoSlots, SlotMapper, SlotTable};
+
+/// The smallest slot made without being asked: a section of x86-64 guests.
+const MIN_DEFAULT_SLOT_SIZE: u64 = 128 << 20;
+
+/// The most slots a region is cut into without being asked: slots are a resource that a VMM shares among
+/// devices, and with vhost-user backends that know no more than 509.
+const DEFAULT_SLOT_COUNT: u64 = 256;
+
+/// The memory block of most guests: x86-64 with less than 64 GiB of boot memory, arm64 with 4 KiB pages.
+const DEFAULT_GUEST_MEMORY_BLOCK_SIZE: u64 = 128 << 20;
+
+/// Options of a device, see [`VirtioMem::builder`].
+#[derive(Debug)]
+pub struct Builder {
+    addr: GuestAddress,
+    backing: Box<dyn Backing>,
+    block_size: Option<u64>,
+    slots: Box<dyn SlotMapper>,
+    slot_size: Option<u64>,
+    guest_memory_block_size: u64,
+    requested_size: u64,
+    node_id: Option<u16>,
+    persistent_suspend: bool,
+}
+
+/// Options that do not go together.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// Address, size and block size do not fit.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// Memory could not be given back in such blocks.
+    #[error("block size {block_size:#x} is smaller than a page of the backing, {page_size:#x}")]
+    BlockSmallerThanPage {
+        /// Bytes per block.
+        block_size: u64,
+        /// Bytes per page of the backing.
+        page_size: u64,
+    },
+    /// Slots must start and end at block borders.
+    #[error("slot size {slot_size:#x} is not a multiple of the block size {block_size:#x}")]
+    SlotSize {
+        /// Bytes per slot.
+        slot_size: u64,
+        /// Bytes per block.
+        block_size: u64,
+    },
+    /// Linux cuts memory into blocks of a power of two.
+    #[error("guest memory block size {0:#x} is not a power of two")]
+    GuestMemoryBlockSize(u64),
+    /// The initial size.
+    #[error("requested size: {0}")]
+    RequestedSize(#[from] ResizeError),
+}
+
+impl Builder {
+    pub(crate) fn new(addr: GuestAddress, backing: impl Backing + 'static) -> Self {
+        Self {
+            addr,
+            backing: Box::new(backing),
+            block_size: None,
+            slots: Box::new(NoSlots),
+            slot_size: None,
+            guest_memory_block_size: DEFAULT_GUEST_MEMORY_BLOCK_SIZE,
+            requested_size: 0,
+            node_id: None,
+            persistent_suspend: false,
+        }
+    }
+
+    /// Bytes per block, a power of two, at least a page of the backing.
+    ///
+    /// The default is the backing's, or larger where a region of this size could not be plugged in every
+    /// second block of that size: see [`Backing::max_open_runs`].
+    #[must_use]
+    pub fn block_size(mut self, bytes: u64) -> Self {
+        self.block_size = Some(bytes);
+        self
+    }
+
+    /// Where hypervisor memory slots are made. Without it none are.
+    #[must_use]
+    pub fn slots(mut self, slots: impl SlotMapper + 'static) -> Self {
+        self.slots = Box::new(slots);
+        self
+    }
+
+    /// Bytes per slot, a multiple of the block size. The default is 128 MiB, or a 256th of the region if
+    /// that is more.
+    #[must_use]
+    pub fn slot_size(mut self, bytes: u64) -> Self {
+        self.slot_size = Some(bytes);
+        self
+    }
+
+    /// The unit in which the guest adds memory, a power of two; 128 MiB if not given.
+    ///
+    /// Linux adds whole memory blocks that lie inside the usable region, so the usable region is made two of
+    /// them larger than the requested size. Guests with 64 GiB of boot memory or more, and arm64 guests with
+    /// 64 KiB pages, have larger ones, and a usable region cut for smaller ones leaves them short.
+    #[must_use]
+    pub fn guest_memory_block_size(mut self, bytes: u64) -> Self {
+        self.guest_memory_block_size = bytes;
+        self
+    }
+
+    /// Bytes the driver finds requested when it comes; 0 if not given.
+    #[must_use]
+    pub fn requested_size(mut self, bytes: u64) -> Self {
+        self.requested_size = bytes;
+        self
+    }
+
+    /// The proximity domain of the memory. Offers `VIRTIO_MEM_F_ACPI_PXM`.
+    #[must_use]
+    pub fn node_id(mut self, node_id: u16) -> Self {
+        self.node_id = Some(node_id);
+        self
+    }
+
+    /// Says that the VMM keeps plugged blocks while the guest is suspended and when it wakes (D-15). Offers
+    /// `VIRTIO_MEM_F_PERSISTENT_SUSPEND`, without which a guest with plugged blocks may not suspend.
+    #[must_use]
+    pub fn persistent_suspend(mut self) -> Self {
+        self.persistent_suspend = true;
+        self
+    }
+
+    /// The device, with all blocks unplugged.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError`] for every combination of options that could not work.
+    pub fn build(self) -> Result<VirtioMem, BuildError> {
+        let region_size = self.backing.len();
+        let block_size = self.block_size.unwrap_or_else(|| self.default_block_size());
+        let geometry = Geometry::new(self.addr.0, region_size, block_size)?;
+        let page_size = self.backing.page_size();
+        if block_size < page_size {
+            return Err(BuildError::BlockSmallerThanPage {
+                block_size,
+                page_size,
+            });
+        }
+        let slot_size = self.slot_size.unwrap_or_else(|| {
+            (region_size / DEFAULT_SLOT_COUNT)
+                .next_power_of_two()
+                .max(MIN_DEFAULT_SLOT_SIZE)
+                .max(block_size)
+        });
+        if slot_size == 0 || !geometry.is_aligned(slot_size) {
+            return Err(BuildError::SlotSize {
+                slot_size,
+                block_size,
+            });
+        }
+        if !self.guest_memory_block_size.is_power_of_two() {
+            return Err(BuildError::GuestMemoryBlockSize(
+                self.guest_memory_block_size,
+            ));
+        }
+        check_size(&geometry, self.requested_size)?;
+        let mut features = Features::VERSION_1
+            | Features::RING_INDIRECT_DESC
+            | Features::RING_EVENT_IDX
+            | Features::UNPLUGGED_INACCESSIBLE;
+        features.set(Features::ACPI_PXM, self.node_id.is_some());
+        features.set(Features::PERSISTENT_SUSPEND, self.persistent_suspend);
+        let host_address = self.backing.host_address().as_ptr() as u64;
+        let usable_extent = self
+            .guest_memory_block_size
+            .max(block_size)
+            .saturating_mul(2);
+        let setup = Setup {
+            geometry,
+            node_id: self.node_id.unwrap_or(0),
+            offered: features,
+            backing: Arc::from(self.backing),
+            slots: SlotTable::new(self.slots, geometry, host_address, slot_size),
+            usable_extent,
+            requested_size: self.requested_size,
+        };
+        let device = Arc::new_cyclic(|this| Device::new(setup, this.clone()));
+        Ok(VirtioMem(device))
+    }
+
+    fn default_block_size(&self) -> u64 {
+        let mut block_size = self.backing.default_block_size();
+        let region_size = self.backing.len();
+        let most_runs = |block_size: u64| region_size / block_size.saturating_mul(2).max(1);
+        while most_runs(block_size) > self.backing.max_open_runs() && block_size < region_size {
+            block_size = block_size.saturating_mul(2);
+        }
+        block_size
+    }
+}
