@@ -1,0 +1,180 @@
+//! Handles: names of allocated pages that stay the same while the page is moved.
+
+use alloc::vec::Vec;
+
+use super::Error;
+use super::section::Section;
+
+/// Names an allocated page, wherever it is moved to, until it is freed.
+///
+/// A handle that outlives its page is recognised and refused, until the same slot was reused 2^32 times.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PageHandle {
+    index: u32,
+    generation: u32,
+}
+
+/// Whether a page can be moved while it is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mobility {
+    /// Its user reaches it through the handle, so it can be moved while it is not pinned.
+    Movable,
+    /// Its user remembers the address: it blocks offlining until it is freed.
+    Unmovable,
+}
+
+/// What a handle names.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    /// Page frame number; meaningless while `generation` is not current.
+    pub(super) pfn: u64,
+    /// How many pins there are. A slot without a page has none.
+    pins: u32,
+    generation: u32,
+}
+
+impl Held {
+    /// Pins of a page that is pinned for good.
+    const UNMOVABLE: u32 = u32::MAX;
+
+    pub(super) fn is_pinned(&self) -> bool {
+        self.pins != 0
+    }
+
+    pub(super) fn is_unmovable(&self) -> bool {
+        self.pins == Self::UNMOVABLE
+    }
+}
+
+/// All handles.
+#[derive(Debug, Default)]
+pub(super) struct Handles {
+    slots: Vec<Held>,
+    vacant: Vec<u32>,
+}
+
+impl Handles {
+    /// Number of pages that have a handle.
+    pub(super) fn count(&self) -> usize {
+        self.slots.len() - self.vacant.len()
+    }
+
+    /// The index the next [`insert`](Self::insert) will use; after this that cannot fail.
+    pub(super) fn reserve(&mut self) -> Result<u32, Error> {
+        if let Some(index) = self.vacant.last() {
+            return Ok(*index);
+        }
+        if self.slots.len() >= Section::MAX_HANDLES {
+            return Err(Error::NoMemory);
+        }
+        self.slots.try_reserve(1).map_err(|_| Error::NoMemory)?;
+        // Room to give every slot back, so that freeing needs no memory.
+        let slots = self.slots.len() + 1;
+        self.vacant
+            .try_reserve(slots)
+            .map_err(|_| Error::NoMemory)?;
+        Ok(self.slots.len() as u32)
+    }
+
+    /// Names the page `pfn` with the handle whose index [`reserve`](Self::reserve) returned.
+    pub(super) fn insert(&mut self, pfn: u64, mobility: Mobility) -> PageHandle {
+        let pins = match mobility {
+            Mobility::Movable => 0,
+            Mobility::Unmovable => Held::UNMOVABLE,
+        };
+        let (index, generation) = match self.vacant.pop() {
+            Some(index) => {
+                let slot = &mut self.slots[index as usize];
+                slot.pfn = pfn;
+                slot.pins = pins;
+                (index, slot.generation)
+            }
+            None => {
+                self.slots.push(Held {
+                    pfn,
+                    pins,
+                    generation: 0,
+                });
+                (self.slots.len() as u32 - 1, 0)
+            }
+        };
+        PageHandle { index, generation }
+    }
+
+    /// What `handle` names.
+    pub(super) fn get(&self, handle: PageHandle) -> Result<Held, Error> {
+        let held = self.slots.get(handle.index as usize);
+        held.filter(|held| held.generation == handle.generation)
+            .copied()
+            .ok_or(Error::Invalid)
+    }
+
+    /// What the handle with this index names; the index comes from a held page.
+    pub(super) fn by_index(&self, index: u32) -> Held {
+        self.slots[index as usize]
+    }
+
+    /// Lets the handle with this index name the page `pfn`.
+    pub(super) fn move_to(&mut self, index: u32, pfn: u64) {
+        self.slots[index as usize].pfn = pfn;
+    }
+
+    /// Forgets a handle that [`get`](Self::get) has just found.
+    pub(super) fn remove(&mut self, handle: PageHandle) {
+        let slot = &mut self.slots[handle.index as usize];
+        slot.generation = slot.generation.wrapping_add(1);
+        slot.pins = 0;
+        self.vacant.push(handle.index);
+    }
+
+    pub(super) fn pin(&mut self, handle: PageHandle) -> Result<u64, Error> {
+        let held = self.get(handle)?;
+        if !held.is_unmovable() {
+            // One pin short of UNMOVABLE is where counting ends.
+            if held.pins == Held::UNMOVABLE - 1 {
+                return Err(Error::Busy);
+            }
+            self.slots[handle.index as usize].pins += 1;
+        }
+        Ok(held.pfn)
+    }
+
+    pub(super) fn unpin(&mut self, handle: PageHandle) -> Result<(), Error> {
+        let held = self.get(handle)?;
+        if !held.is_unmovable() {
+            let pins = held.pins.checked_sub(1).ok_or(Error::Invalid)?;
+            self.slots[handle.index as usize].pins = pins;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn handle_of_a_freed_page_is_refused_even_after_its_slot_is_reused() {
+        let mut handles = Handles::default();
+        handles.reserve().unwrap();
+        let old = handles.insert(1, Mobility::Movable);
+        handles.remove(old);
+        assert!(handles.get(old).is_err());
+        handles.reserve().unwrap();
+        let new = handles.insert(2, Mobility::Movable);
+        assert!(handles.get(old).is_err());
+        assert_eq!(handles.get(new).unwrap().pfn, 2);
+    }
+
+    #[test]
+    fn unpin_without_a_pin_is_refused() {
+        let mut handles = Handles::default();
+        handles.reserve().unwrap();
+        let handle = handles.insert(1, Mobility::Movable);
+        assert_eq!(handles.unpin(handle), Err(Error::Invalid));
+        handles.pin(handle).unwrap();
+        assert!(handles.get(handle).unwrap().is_pinned());
+        handles.unpin(handle).unwrap();
+        assert!(!handles.get(handle).unwrap().is_pinned());
+    }
+}

@@ -1,0 +1,286 @@
+//! Refusals, and devices that break the rules.
+
+use virtio_drivers::transport::DeviceStatus;
+use virtio_mem_driver::driver::{ConfigReadError, Failure, Progress, Stall};
+use virtio_mem_driver::hotplug::Mobility;
+use virtio_mem_wire::{Answer, RequestKind, ResponseError};
+
+use crate::support::device::{Event, Misbehave};
+use crate::support::{GIB, MIB, Rig};
+
+fn misbehave(rig: &Rig, how: Misbehave) {
+    rig.device.state().misbehave.push_back(how);
+}
+
+fn failure(rig: &mut Rig) -> Failure {
+    let Progress::Failed(failure) = rig.run() else {
+        panic!("the driver goes on");
+    };
+    assert!(rig.device.state().status.contains(DeviceStatus::FAILED));
+    // And never again.
+    assert_eq!(rig.step(), Progress::Failed(failure));
+    rig.hotplug.check_invariants().unwrap();
+    failure
+}
+
+#[test]
+fn d_28_busy_plug_is_retried_after_a_while() {
+    let mut rig = Rig::new(GIB);
+    for _ in 0..3 {
+        misbehave(&rig, Misbehave::Answer(Answer::Busy));
+    }
+    rig.device.request(4 * MIB);
+    for delay in [10, 20, 40] {
+        assert_eq!(
+            rig.run(),
+            Progress::Stalled {
+                reason: Stall::DeviceBusy,
+                retry_at_ms: Some(rig.now_ms + delay)
+            }
+        );
+        rig.now_ms += delay;
+    }
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.check();
+    assert_eq!(rig.device.state().requests.len(), 4);
+}
+
+#[test]
+fn config_interrupt_ends_the_wait_for_a_busy_device() {
+    let mut rig = Rig::new(GIB);
+    misbehave(&rig, Misbehave::Answer(Answer::Busy));
+    rig.device.request(4 * MIB);
+    assert!(matches!(rig.run(), Progress::Stalled { .. }));
+    rig.device.state().change_config();
+    assert_eq!(rig.run(), Progress::Settled);
+}
+
+#[test]
+fn d_35_memory_goes_back_to_the_allocator_while_the_device_is_busy() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(128 * MIB);
+    let handles = rig.allocate(100, Mobility::Movable);
+    for _ in 0..5 {
+        misbehave(&rig, Misbehave::Answer(Answer::Busy));
+    }
+    rig.device.request(64 * MIB);
+    for _ in 0..5 {
+        let Progress::Stalled {
+            reason: Stall::DeviceBusy,
+            retry_at_ms: Some(at),
+        } = rig.run()
+        else {
+            panic!("not stalled");
+        };
+        rig.check();
+        assert_eq!(rig.hotplug.counts().managed, 128 * MIB / 4096);
+        rig.now_ms = at;
+    }
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.check();
+    rig.verify(&handles);
+}
+
+#[test]
+fn h_01_nack_is_not_repeated_before_the_configuration_changes() {
+    let mut rig = Rig::new(GIB);
+    misbehave(&rig, Misbehave::Answer(Answer::Nack));
+    rig.device.request(4 * MIB);
+    let refused = Progress::Stalled {
+        reason: Stall::Refused,
+        retry_at_ms: None,
+    };
+    assert_eq!(rig.run(), refused);
+    rig.now_ms = 1_000_000;
+    rig.driver.retry();
+    assert_eq!(rig.run(), refused);
+    assert_eq!(rig.driver.counters().total_requests(), 1);
+    rig.device.state().change_config();
+    assert_eq!(rig.run(), Progress::Settled);
+}
+
+#[test]
+fn nack_because_the_target_was_lowered_is_followed_at_once() {
+    let mut rig = Rig::new(GIB);
+    rig.device.state().hold = true;
+    rig.device.request(256 * MIB);
+    while rig.step() != Progress::AwaitingDevice {}
+    // Lowered behind the driver's back: the interrupt is late.
+    rig.device.state().config.mutable.requested_size = 4 * MIB;
+    rig.device.state().hold = false;
+    rig.device.answer();
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.check();
+    let requests = rig.device.state().take_requests();
+    assert_eq!(requests[0].0, "plug nack");
+    assert_eq!(rig.driver.plugged_size(), 4 * MIB);
+}
+
+#[test]
+fn error_ends_the_driver_with_the_request() {
+    let mut rig = Rig::new(GIB);
+    misbehave(&rig, Misbehave::Answer(Answer::Error));
+    rig.device.request(4 * MIB);
+    let failure = failure(&mut rig);
+    assert!(matches!(
+        failure,
+        Failure::Answer { request, answer: Answer::Error } if request.kind() == RequestKind::Plug
+    ));
+    assert_eq!(failure.to_string(), "plug was answered ERROR");
+}
+
+#[test]
+fn refused_unplug_is_a_violation_and_its_memory_is_not_touched_again() {
+    for answer in [Answer::Error, Answer::Nack] {
+        let mut rig = Rig::new(GIB);
+        rig.resize(4 * MIB);
+        misbehave(&rig, Misbehave::Answer(answer));
+        rig.device.request(2 * MIB);
+        assert!(matches!(failure(&mut rig), Failure::Answer { .. }));
+        assert_eq!(rig.hotplug.counts().managed, 512);
+    }
+}
+
+#[test]
+fn v_14_short_answers_are_not_believed() {
+    for len in [0, 2, 7] {
+        let mut rig = Rig::new(GIB);
+        misbehave(&rig, Misbehave::Raw(vec![0; 10], len));
+        rig.device.request(2 * MIB);
+        assert_eq!(
+            failure(&mut rig),
+            Failure::Response(ResponseError::TooShort {
+                have: len as usize,
+                need: 8
+            })
+        );
+    }
+}
+
+#[test]
+fn h_04_unknown_answers_are_not_believed() {
+    let mut rig = Rig::new(GIB);
+    misbehave(&rig, Misbehave::Raw(vec![9, 0, 0, 0, 0, 0, 0, 0], 8));
+    rig.device.request(2 * MIB);
+    assert_eq!(
+        failure(&mut rig),
+        Failure::Response(ResponseError::UnknownType(9))
+    );
+}
+
+#[test]
+fn v_14_used_length_beyond_the_buffer_is_cut() {
+    let mut rig = Rig::new(GIB);
+    misbehave(&rig, Misbehave::Raw(vec![2, 0, 0, 0, 0, 0, 0, 0], u32::MAX));
+    rig.device.request(2 * MIB);
+    assert!(matches!(rig.run(), Progress::Stalled { .. }));
+}
+
+#[test]
+fn buffer_that_is_not_in_flight_is_a_violation() {
+    let mut rig = Rig::new(GIB);
+    misbehave(&rig, Misbehave::WrongBuffer);
+    rig.device.request(2 * MIB);
+    assert_eq!(
+        failure(&mut rig),
+        Failure::Queue(virtio_drivers::Error::WrongToken)
+    );
+}
+
+#[test]
+fn v_09_device_that_needs_a_reset_is_not_waited_for() {
+    let mut rig = Rig::new(GIB);
+    rig.device.state().hold = true;
+    rig.device.request(2 * MIB);
+    while rig.step() != Progress::AwaitingDevice {}
+    assert!(rig.driver.awaits_device());
+    {
+        let mut state = rig.device.state();
+        state.status |= DeviceStatus::DEVICE_NEEDS_RESET;
+        state.change_config();
+    }
+    assert_eq!(failure(&mut rig), Failure::NeedsReset);
+    assert!(!rig.driver.awaits_device());
+}
+
+#[test]
+fn d_02_region_that_changes_is_noticed() {
+    let mut rig = Rig::new(GIB);
+    {
+        let mut state = rig.device.state();
+        let old = state.config.geometry;
+        state.config.geometry =
+            virtio_mem_wire::Geometry::new(old.addr(), old.region_size(), MIB).unwrap();
+        state.change_config();
+    }
+    assert_eq!(failure(&mut rig), Failure::RegionChanged);
+}
+
+#[test]
+fn d_08_usable_region_that_shrinks_is_noticed() {
+    let mut rig = Rig::new(GIB);
+    rig.device.state().config.mutable.usable_region_size = 512 * MIB;
+    rig.device.state().change_config();
+    assert_eq!(
+        failure(&mut rig),
+        Failure::UsableShrunk {
+            from: GIB,
+            to: 512 * MIB
+        }
+    );
+}
+
+#[test]
+fn h_07_plugged_size_that_does_not_match_is_noticed() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(4 * MIB);
+    rig.device.state().config.mutable.plugged_size = 2 * MIB;
+    rig.device.state().change_config();
+    assert_eq!(
+        failure(&mut rig),
+        Failure::OutOfSync {
+            device: 2 * MIB,
+            driver: 4 * MIB
+        }
+    );
+}
+
+#[test]
+fn v_07_configuration_that_does_not_rest_is_read_later() {
+    let mut rig = Rig::new(GIB);
+    rig.device.state().on_config_read = Some(Box::new(|state, _| state.generation += 1));
+    rig.device.request(4 * MIB);
+    assert_eq!(
+        rig.run(),
+        Progress::Stalled {
+            reason: Stall::ConfigUnstable,
+            retry_at_ms: Some(10)
+        }
+    );
+    rig.device.state().on_config_read = None;
+    rig.now_ms = 10;
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.check();
+}
+
+#[test]
+fn wrong_configuration_at_run_time_ends_the_driver() {
+    let mut rig = Rig::new(GIB);
+    rig.device.request(2 * GIB);
+    assert!(matches!(
+        failure(&mut rig),
+        Failure::Config(ConfigReadError::Invalid(_))
+    ));
+}
+
+#[test]
+fn driver_never_notifies_twice_for_one_request() {
+    let mut rig = Rig::new(GIB);
+    rig.device.state().hold = true;
+    rig.device.request(2 * MIB);
+    for _ in 0..100 {
+        rig.step();
+    }
+    let events = rig.device.state().events.clone();
+    assert_eq!(events.iter().filter(|e| **e == Event::Notify).count(), 1);
+}

@@ -1,0 +1,229 @@
+//! Initialisation: the order of steps, and everything that ends it.
+
+use virtio_drivers::transport::{DeviceStatus, DeviceType};
+use virtio_mem_driver::driver::{ConfigReadError, LayoutError, ProbeError, Progress};
+use virtio_mem_wire::{Answer, BlockRange, ConfigError, Features, Field};
+
+use crate::support::device::{Device, Event, Misbehave};
+use crate::support::{GIB, MIB, Rig, dma, probe};
+
+const ACCEPTED: u64 = (1 << 32) | (1 << 1);
+
+fn device() -> std::sync::Arc<Device> {
+    Device::new(4 * GIB, GIB, 2 * MIB)
+}
+
+/// The status bits at the moment the driver gave up.
+fn failed_status(device: &Device) -> Option<u32> {
+    let state = device.state();
+    state.events.iter().rev().find_map(|event| match event {
+        Event::Status(bits) if bits & DeviceStatus::FAILED.bits() != 0 => Some(*bits),
+        _ => None,
+    })
+}
+
+#[test]
+fn v_01_steps_are_taken_in_order() {
+    let device = device();
+    let driver = probe(&device).unwrap();
+    assert_eq!(
+        device.state().events,
+        [
+            Event::Status(0),
+            Event::Status(1),
+            Event::Status(3),
+            Event::ReadFeatures,
+            Event::WriteFeatures(ACCEPTED),
+            Event::Status(11),
+            Event::QueueSet(2),
+            Event::ReadConfig,
+            Event::Status(15),
+        ]
+    );
+    assert_eq!(driver.features().bits(), ACCEPTED);
+}
+
+#[test]
+fn v_02_g_04_only_known_features_are_accepted() {
+    let device = device();
+    device.state().offered = u64::MAX;
+    let driver = probe(&device).unwrap();
+    assert_eq!(
+        driver.features(),
+        Features::VERSION_1 | Features::UNPLUGGED_INACCESSIBLE
+    );
+}
+
+#[test]
+fn v_04_device_without_version_1_is_refused() {
+    let device = device();
+    device.state().offered = Features::UNPLUGGED_INACCESSIBLE.bits();
+    assert_eq!(probe(&device).unwrap_err(), ProbeError::NoVersion1);
+    assert_eq!(failed_status(&device), Some(128 | 3));
+}
+
+#[test]
+fn v_05_reset_is_waited_for() {
+    let device = device();
+    device.state().reset_reads = 1000;
+    assert!(probe(&device).is_ok());
+}
+
+#[test]
+fn v_05_reset_that_never_ends_is_given_up() {
+    let device = device();
+    device.state().reset_reads = u32::MAX;
+    assert_eq!(probe(&device).unwrap_err(), ProbeError::ResetTimeout);
+    assert_eq!(device.state().events, [Event::Status(0)]);
+}
+
+#[test]
+fn v_01_features_ok_that_does_not_stay_is_noticed() {
+    let device = device();
+    device.state().refuse_features = true;
+    assert!(matches!(
+        probe(&device),
+        Err(ProbeError::FeaturesRefused(features)) if features.bits() == ACCEPTED
+    ));
+    assert_eq!(failed_status(&device), Some(128 | 11));
+}
+
+#[test]
+fn other_devices_are_not_touched() {
+    let device = device();
+    device.state().device_type = DeviceType::Block;
+    assert_eq!(
+        probe(&device).unwrap_err(),
+        ProbeError::WrongDevice(DeviceType::Block)
+    );
+    assert_eq!(device.state().events, []);
+}
+
+#[test]
+fn m_03_missing_queue_is_an_error() {
+    let device = device();
+    device.state().queue_max = 0;
+    assert!(matches!(probe(&device), Err(ProbeError::Queue(_))));
+    assert!(failed_status(&device).is_some());
+}
+
+#[test]
+fn d_06_wrong_configuration_is_refused_and_the_device_stopped() {
+    let device = device();
+    device.state().config.mutable.requested_size = MIB;
+    assert!(matches!(
+        probe(&device),
+        Err(ProbeError::Config(ConfigReadError::Invalid(
+            ConfigError::Misaligned { .. }
+        )))
+    ));
+    assert_eq!(failed_status(&device), Some(128 | 11));
+    assert_eq!(device.state().events.last(), Some(&Event::Status(0)));
+}
+
+#[test]
+fn block_larger_than_a_memory_block_is_refused() {
+    let device = Device::new(4 * GIB, GIB, 256 * MIB);
+    assert!(matches!(
+        probe(&device),
+        Err(ProbeError::Layout(LayoutError::BlockTooLarge { .. }))
+    ));
+}
+
+#[test]
+fn d_07_empty_region_is_legal() {
+    let mut rig = Rig::on(Device::new(0, 0, 2 * MIB), Default::default());
+    assert_eq!(rig.run(), Progress::Settled);
+}
+
+#[test]
+fn v_06_v_07_target_that_changes_between_its_halves_is_read_again() {
+    let device = Device::new(4 * GIB, 8 * GIB, 2 * MIB);
+    device.state().config.mutable.requested_size = 4 * GIB - 2 * MIB;
+    let mut reads = 0;
+    device.state().on_config_read = Some(Box::new(move |state, offset| {
+        if offset == Field::RequestedSize.offset() + 4 {
+            reads += 1;
+            // The low half of the old value and the high half of this one would make 8 GiB - 2 MiB.
+            if reads == 1 {
+                state.config.mutable.requested_size = 4 * GIB;
+                state.generation += 1;
+            }
+        }
+    }));
+    let driver = probe(&device).unwrap();
+    assert_eq!(driver.config().mutable.requested_size, 4 * GIB);
+}
+
+#[test]
+fn v_07_configuration_that_never_rests_is_given_up() {
+    let device = device();
+    device.state().on_config_read = Some(Box::new(|state, _| state.generation += 1));
+    assert_eq!(
+        probe(&device).unwrap_err(),
+        ProbeError::Config(ConfigReadError::Unstable)
+    );
+    assert!(failed_status(&device).is_some());
+}
+
+#[test]
+fn g_05_memory_plugged_in_an_earlier_life_is_unplugged_until_the_device_has_done_it() {
+    let device = device();
+    {
+        let mut state = device.state();
+        state.plugged.insert(BlockRange { first: 3, count: 9 });
+        state.config.mutable.plugged_size = 18 * MIB;
+        state.config.mutable.requested_size = 4 * MIB;
+        for _ in 0..2 {
+            state.misbehave.push_back(Misbehave::Answer(Answer::Busy));
+        }
+    }
+    let mut rig = Rig::on(device, Default::default());
+    for retry_at_ms in [10, 30] {
+        assert!(matches!(
+            rig.run(),
+            Progress::Stalled { retry_at_ms: Some(at), .. } if at == retry_at_ms
+        ));
+        rig.now_ms = retry_at_ms;
+    }
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.check();
+    assert_eq!(
+        rig.device.state().take_requests(),
+        [
+            ("unplug_all busy".to_owned(), 0, 0),
+            ("unplug_all busy".to_owned(), 0, 0),
+            ("unplug_all".to_owned(), 0, 0),
+            ("plug".to_owned(), 0, 2),
+        ]
+    );
+}
+
+#[test]
+fn d_43_n_09_usable_region_may_shrink_with_unplug_all_and_is_read_again() {
+    let device = device();
+    {
+        let mut state = device.state();
+        state.plugged.insert(BlockRange { first: 0, count: 1 });
+        state.config.mutable.plugged_size = 2 * MIB;
+        state.hold = true;
+    }
+    let mut rig = Rig::on(device, Default::default());
+    rig.step();
+    rig.device.state().config.mutable.usable_region_size = 256 * MIB;
+    rig.device.answer();
+    assert_eq!(rig.run(), Progress::Settled);
+    assert_eq!(rig.driver.config().mutable.usable_region_size, 256 * MIB);
+}
+
+#[test]
+fn v_11_memory_of_the_queue_is_freed_after_a_reset_and_kept_without_one() {
+    for (reset_reads, freed) in [(0, true), (u32::MAX, false)] {
+        let device = device();
+        let driver = probe(&device).unwrap();
+        let queue = device.state().queue_address().unwrap();
+        device.state().reset_reads = reset_reads;
+        drop(driver);
+        assert_eq!(dma::is_allocated(queue), !freed);
+    }
+}

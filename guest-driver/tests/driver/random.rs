@@ -1,0 +1,176 @@
+//! Random targets, users of memory and refusals: nothing is lost, nothing unplugged is touched, and at the end
+//! everything is given back.
+
+use proptest::prelude::*;
+use virtio_mem_driver::driver::{OnlineType, Policy, Progress};
+use virtio_mem_driver::hotplug::{Mobility, PageHandle};
+use virtio_mem_wire::Answer;
+
+use crate::support::device::{Device, Misbehave};
+use crate::support::{GIB, MIB, Rig, tagged};
+
+const REGION: u64 = 512 * MIB;
+
+#[derive(Clone, Debug)]
+enum Operation {
+    Request { blocks: u64 },
+    Busy { times: usize },
+    Steps { count: usize },
+    Rest,
+    Allocate { count: usize, unmovable: bool },
+    Free { count: usize, seed: usize },
+    Pin { index: usize },
+    Unpin { index: usize },
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    use Operation::*;
+    let index = any::<usize>;
+    prop_oneof![
+        6 => (0..=REGION / MIB).prop_map(|blocks| Request { blocks }),
+        2 => (1..4usize).prop_map(|times| Busy { times }),
+        6 => (1..40usize).prop_map(|count| Steps { count }),
+        4 => Just(Rest),
+        4 => (1..600usize, prop::bool::weighted(0.05))
+            .prop_map(|(count, unmovable)| Allocate { count: if unmovable { 1 } else { count }, unmovable }),
+        4 => (1..600usize, index()).prop_map(|(count, seed)| Free { count, seed }),
+        1 => index().prop_map(|index| Pin { index }),
+        2 => index().prop_map(|index| Unpin { index }),
+    ]
+}
+
+struct HeldPage {
+    handle: PageHandle,
+    tag: u64,
+    pins: u32,
+}
+
+struct World {
+    rig: Rig,
+    held: Vec<HeldPage>,
+    next_tag: u64,
+}
+
+impl World {
+    fn apply(&mut self, operation: Operation) {
+        let rig = &mut self.rig;
+        match operation {
+            Operation::Request { blocks } => rig.device.request(blocks * MIB),
+            Operation::Busy { times } => {
+                let busy = std::iter::repeat_n(Misbehave::Answer(Answer::Busy), times);
+                rig.device.state().misbehave.extend(busy);
+            }
+            Operation::Steps { count } => {
+                for _ in 0..count {
+                    let progress = rig.step();
+                    assert!(!matches!(progress, Progress::Failed(_)), "{progress:?}");
+                }
+            }
+            Operation::Rest => self.rest(),
+            Operation::Allocate { count, unmovable } => {
+                let mobility = match unmovable {
+                    true => Mobility::Unmovable,
+                    false => Mobility::Movable,
+                };
+                for _ in 0..count {
+                    let Ok(handle) = rig.hotplug.allocate(mobility) else {
+                        break;
+                    };
+                    let tag = self.next_tag;
+                    self.next_tag += 1;
+                    tagged::write(&mut rig.hotplug, handle, tag);
+                    let pins = 0;
+                    self.held.push(HeldPage { handle, tag, pins });
+                }
+            }
+            Operation::Free { count, seed } => {
+                for step in 0..count {
+                    let Some(index) = (seed.wrapping_add(step * 7)).checked_rem(self.held.len())
+                    else {
+                        break;
+                    };
+                    if self.held[index].pins == 0 {
+                        let page = self.held.swap_remove(index);
+                        assert_eq!(tagged::read(&mut rig.hotplug, page.handle), page.tag);
+                        rig.hotplug.free(page.handle).unwrap();
+                    }
+                }
+            }
+            Operation::Pin { index } => {
+                if let Some(index) = index.checked_rem(self.held.len()) {
+                    rig.hotplug.pin(self.held[index].handle).unwrap();
+                    self.held[index].pins += 1;
+                }
+            }
+            Operation::Unpin { index } => {
+                let pinned: Vec<_> = (0..self.held.len())
+                    .filter(|index| self.held[*index].pins > 0)
+                    .collect();
+                if let Some(index) = index.checked_rem(pinned.len()) {
+                    rig.hotplug.unpin(self.held[pinned[index]].handle).unwrap();
+                    self.held[pinned[index]].pins -= 1;
+                }
+            }
+        }
+    }
+
+    /// Lets the driver get as far as it can: to its target, or until it tries a second time in vain.
+    fn rest(&mut self) {
+        let mut plugged_before = None;
+        for _ in 0..20 {
+            let refused = !self.rig.device.state().misbehave.is_empty();
+            let progress = self.rig.run();
+            self.rig.check();
+            match progress {
+                Progress::Settled => return,
+                Progress::Stalled {
+                    retry_at_ms: Some(at),
+                    ..
+                } => self.rig.now_ms = at,
+                other => panic!("{other:?}"),
+            }
+            let plugged = self.rig.driver.plugged_size();
+            if !refused && plugged_before.replace(plugged) == Some(plugged) {
+                return;
+            }
+        }
+        panic!("the driver makes no progress");
+    }
+
+    fn check(&mut self) {
+        self.rig.hotplug.check_invariants().unwrap();
+        for page in &self.held {
+            assert_eq!(tagged::read(&mut self.rig.hotplug, page.handle), page.tag);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+    #[test]
+    fn memory_follows_the_target_and_nobody_loses_a_page(
+        operations in prop::collection::vec(operation(), 1..60),
+        offset_mib in prop_oneof![Just(0u64), Just(64), Just(3)],
+        stay_offline in prop::bool::weighted(0.1),
+    ) {
+        let policy = Policy {
+            auto_online: if stay_offline { OnlineType::Offline } else { OnlineType::Movable },
+        };
+        let device = Device::new(4 * GIB + offset_mib * MIB, REGION, MIB);
+        let mut world = World { rig: Rig::on(device, policy), held: Vec::new(), next_tag: 1 };
+        for operation in operations {
+            world.apply(operation);
+            world.check();
+        }
+        for page in std::mem::take(&mut world.held) {
+            for _ in 0..page.pins {
+                world.rig.hotplug.unpin(page.handle).unwrap();
+            }
+            world.rig.hotplug.free(page.handle).unwrap();
+        }
+        world.rig.device.request(0);
+        world.rest();
+        prop_assert_eq!(world.rig.driver.plugged_size(), 0);
+        prop_assert_eq!(world.rig.hotplug.blocks().count(), 0);
+    }
+}

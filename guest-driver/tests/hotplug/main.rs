@@ -1,0 +1,267 @@
+//! The hotplug core by itself: what each operation refuses, and what holds whatever is done.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+
+mod memory;
+mod random;
+
+use virtio_mem_driver::hotplug::{BlockState, Error, Hotplug, Migration, Mobility, Profile};
+
+use memory::{BLOCK, HostMemory, PAGE, PAGEBLOCK, SMALL, START, read, write};
+
+/// `count` memory blocks at [`START`], added and online.
+fn online(count: u64) -> Hotplug<HostMemory> {
+    let mut hotplug = Hotplug::new(SMALL, HostMemory::new()).unwrap();
+    hotplug.add_memory(START, count * BLOCK).unwrap();
+    for id in START / BLOCK..START / BLOCK + count {
+        hotplug.online(id, |_| true).unwrap();
+    }
+    hotplug
+}
+
+const FIRST: u64 = START / BLOCK;
+const BLOCK_PAGES: u64 = BLOCK / PAGE;
+
+#[test]
+fn profile_whose_units_do_not_fit_into_each_other_is_refused() {
+    for wrong in [
+        Profile {
+            pageblock_shift: 28,
+            ..Profile::X86_64
+        },
+        Profile {
+            section_shift: 28,
+            ..Profile::X86_64
+        },
+        Profile {
+            sub_section_shift: 12,
+            ..Profile::X86_64
+        },
+        Profile {
+            memory_block_shift: 64,
+            ..Profile::X86_64
+        },
+    ] {
+        assert_eq!(
+            Hotplug::new(wrong, HostMemory::new()).unwrap_err(),
+            Error::Invalid
+        );
+    }
+}
+
+#[test]
+fn memory_is_added_in_whole_memory_blocks_and_once() {
+    let mut hotplug = Hotplug::new(SMALL, HostMemory::new()).unwrap();
+    for (start, size) in [
+        (START, 0),
+        (START + PAGEBLOCK, BLOCK),
+        (START, PAGEBLOCK),
+        (u64::MAX - BLOCK + 1, BLOCK),
+        (START, u64::MAX),
+    ] {
+        assert_eq!(hotplug.add_memory(start, size), Err(Error::Invalid));
+    }
+    hotplug.add_memory(START + BLOCK, BLOCK).unwrap();
+    for (start, size) in [
+        (START + BLOCK, BLOCK),
+        (START, 3 * BLOCK),
+        (START + BLOCK + PAGE, PAGE),
+    ] {
+        assert_eq!(hotplug.add_memory(start, size), Err(Error::Exists));
+    }
+    assert_eq!(
+        hotplug.blocks().collect::<Vec<_>>(),
+        [(FIRST + 1, BlockState::Offline)]
+    );
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn memory_is_removed_when_all_of_it_is_offline() {
+    let mut hotplug = online(2);
+    assert_eq!(hotplug.remove_memory(START, BLOCK), Err(Error::Busy));
+    hotplug.offline(FIRST).unwrap();
+    assert_eq!(hotplug.remove_memory(START, 2 * BLOCK), Err(Error::Busy));
+    assert_eq!(hotplug.remove_memory(START, 3 * BLOCK), Err(Error::Invalid));
+    assert_eq!(hotplug.remove_memory(START, PAGEBLOCK), Err(Error::Invalid));
+    hotplug.remove_memory(START, BLOCK).unwrap();
+    assert_eq!(hotplug.block_state(FIRST), None);
+    assert_eq!(hotplug.offline(FIRST), Err(Error::Invalid));
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn online_and_offline_need_the_other_state() {
+    let mut hotplug = online(1);
+    assert_eq!(hotplug.online(FIRST, |_| true), Err(Error::Invalid));
+    hotplug.offline(FIRST).unwrap();
+    assert_eq!(hotplug.offline(FIRST), Err(Error::Invalid));
+    assert_eq!(hotplug.online(FIRST + 1, |_| true), Err(Error::Invalid));
+    assert_eq!(hotplug.counts(), Default::default());
+}
+
+#[test]
+fn withheld_pages_are_present_but_not_managed() {
+    let mut hotplug = Hotplug::new(SMALL, HostMemory::new()).unwrap();
+    hotplug.add_memory(START, BLOCK).unwrap();
+    hotplug
+        .online(FIRST, |bytes| bytes.start < START + PAGEBLOCK)
+        .unwrap();
+    let counts = hotplug.counts();
+    assert_eq!((counts.present, counts.managed), (BLOCK_PAGES, 4));
+    // What is withheld already cannot be taken, what is not cannot be given back.
+    assert_eq!(
+        hotplug.fake_offline(START + PAGEBLOCK, PAGEBLOCK),
+        Err(Error::Busy)
+    );
+    assert_eq!(hotplug.fake_online(START, PAGEBLOCK), Err(Error::Invalid));
+    assert_eq!(
+        hotplug.fake_online(START, 2 * PAGEBLOCK),
+        Err(Error::Invalid)
+    );
+    hotplug
+        .fake_online(START + PAGEBLOCK, BLOCK - PAGEBLOCK)
+        .unwrap();
+    assert_eq!(hotplug.counts().managed, BLOCK_PAGES);
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn pages_are_allocated_from_the_lowest_address() {
+    let mut hotplug = online(2);
+    let handles: Vec<_> = (0..6)
+        .map(|_| hotplug.allocate(Mobility::Movable).unwrap())
+        .collect();
+    for (index, handle) in handles.iter().enumerate() {
+        assert_eq!(hotplug.address(*handle), Ok(START + index as u64 * PAGE));
+    }
+    hotplug.free(handles[1]).unwrap();
+    let again = hotplug.allocate(Mobility::Movable).unwrap();
+    assert_eq!(hotplug.address(again), Ok(START + PAGE));
+    assert_eq!(hotplug.free(handles[1]), Err(Error::Invalid));
+    assert_eq!(hotplug.pin(handles[1]), Err(Error::Invalid));
+}
+
+#[test]
+fn offlining_moves_pages_with_their_contents() {
+    let mut hotplug = online(2);
+    let handles: Vec<_> = (0..BLOCK_PAGES)
+        .map(|tag| {
+            let handle = hotplug.allocate(Mobility::Movable).unwrap();
+            write(&mut hotplug, handle, tag);
+            handle
+        })
+        .collect();
+    hotplug.offline(FIRST).unwrap();
+    for (tag, handle) in handles.iter().enumerate() {
+        assert!(hotplug.address(*handle).unwrap() >= START + BLOCK);
+        assert_eq!(read(&mut hotplug, *handle), tag as u64);
+    }
+    assert_eq!(hotplug.statistics().pages_migrated, BLOCK_PAGES);
+    hotplug.check_invariants().unwrap();
+    // Now there is no room for them anywhere else.
+    assert_eq!(hotplug.offline(FIRST + 1), Err(Error::NoMemory));
+    assert_eq!(hotplug.block_state(FIRST + 1), Some(BlockState::Online));
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn nothing_is_moved_where_not_everything_can_be() {
+    let mut hotplug = online(2);
+    for _ in 0..BLOCK_PAGES + BLOCK_PAGES / 2 {
+        hotplug.allocate(Mobility::Movable).unwrap();
+    }
+    assert_eq!(hotplug.offline(FIRST), Err(Error::NoMemory));
+    assert_eq!(hotplug.statistics().pages_migrated, 0);
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn pinned_page_makes_its_range_busy_and_everything_is_undone() {
+    let mut hotplug = online(2);
+    let pages: Vec<_> = (0..8)
+        .map(|_| hotplug.allocate(Mobility::Movable).unwrap())
+        .collect();
+    hotplug.pin(pages[5]).unwrap();
+    let counts = hotplug.counts();
+    assert_eq!(hotplug.offline(FIRST), Err(Error::Busy));
+    assert_eq!(hotplug.fake_offline(START, BLOCK), Err(Error::Busy));
+    assert_eq!(hotplug.counts(), counts);
+    assert_eq!(hotplug.address(pages[5]), Ok(START + 5 * PAGE));
+    assert_eq!(hotplug.free(pages[5]), Err(Error::Busy));
+    hotplug.check_invariants().unwrap();
+    // Around it everything can be emptied.
+    hotplug.fake_offline(START, PAGEBLOCK).unwrap();
+    hotplug.unpin(pages[5]).unwrap();
+    hotplug.fake_offline(START + PAGEBLOCK, PAGEBLOCK).unwrap();
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn unmovable_page_is_noticed_before_anything_is_moved() {
+    let mut hotplug = online(2);
+    hotplug.allocate(Mobility::Movable).unwrap();
+    let unmovable = hotplug.allocate(Mobility::Unmovable).unwrap();
+    assert_eq!(hotplug.offline(FIRST), Err(Error::Busy));
+    assert_eq!(hotplug.statistics().pages_migrated, 0);
+    hotplug.free(unmovable).unwrap();
+    hotplug.offline(FIRST).unwrap();
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn isolated_pages_are_not_allocated_and_isolation_is_exclusive() {
+    let mut hotplug = online(1);
+    let page = hotplug.allocate(Mobility::Movable).unwrap();
+    let isolation = hotplug.isolate(START, PAGEBLOCK).unwrap();
+    assert!(matches!(
+        hotplug.isolate(START, 2 * PAGEBLOCK),
+        Err(Error::Busy)
+    ));
+    assert!(matches!(hotplug.isolate_block(FIRST), Err(Error::Busy)));
+    // Freed into the isolated range, it stays there.
+    hotplug.free(page).unwrap();
+    let next = hotplug.allocate(Mobility::Movable).unwrap();
+    assert_eq!(hotplug.address(next), Ok(START + PAGEBLOCK));
+    hotplug.check_invariants().unwrap();
+    hotplug.cancel(isolation);
+    let lowest = hotplug.allocate(Mobility::Movable).unwrap();
+    assert_eq!(hotplug.address(lowest), Ok(START));
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn block_being_emptied_is_going_offline_and_can_come_back() {
+    let mut hotplug = online(2);
+    for _ in 0..3 {
+        hotplug.allocate(Mobility::Movable).unwrap();
+    }
+    let mut isolation = hotplug.isolate_block(FIRST).unwrap();
+    assert_eq!(hotplug.block_state(FIRST), Some(BlockState::GoingOffline));
+    assert_eq!(hotplug.online(FIRST, |_| true), Err(Error::Invalid));
+    assert_eq!(hotplug.remove_memory(START, BLOCK), Err(Error::Busy));
+    // Two pages a step, and three to move.
+    assert_eq!(hotplug.migrate(&mut isolation, 2), Ok(Migration::More));
+    hotplug.check_invariants().unwrap();
+    assert_eq!(hotplug.statistics().pages_migrated, 2);
+    assert_eq!(hotplug.migrate(&mut isolation, 2), Ok(Migration::Done));
+    hotplug.cancel(isolation);
+    assert_eq!(hotplug.block_state(FIRST), Some(BlockState::Online));
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn commit_before_the_range_is_empty_undoes_everything() {
+    let mut hotplug = online(2);
+    hotplug.allocate(Mobility::Movable).unwrap();
+    let isolation = hotplug.isolate_block(FIRST).unwrap();
+    assert_eq!(hotplug.commit(isolation), Err(Error::Busy));
+    assert_eq!(hotplug.block_state(FIRST), Some(BlockState::Online));
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn errors_have_the_names_linux_gives_them() {
+    let names =
+        [Error::Invalid, Error::Exists, Error::Busy, Error::NoMemory].map(Error::errno_name);
+    assert_eq!(names, ["EINVAL", "EEXIST", "EBUSY", "ENOMEM"]);
+}
