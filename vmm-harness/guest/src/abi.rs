@@ -1,0 +1,162 @@
+//! What harness and guest program share: boot information, mailbox, port registers.
+//!
+//! The guest runs at ring 3 without interrupts and without a console, so all it says goes through memory
+//! both sides can see. Everything the host reads here is written by a guest and is checked before use.
+
+use core::sync::atomic::{AtomicU32, AtomicU64};
+
+/// First field of [`BootInfo`], so that an image built for another layout stops at once.
+pub const BOOT_MAGIC: u64 = 0x7631_6d65_6d76_0001;
+
+/// How the guest finds its world. One per guest, in boot memory, read-only to the guest.
+///
+/// Every vCPU enters the image at its entry point with `rdi` = address of this, `rsi` = vCPU index, `rdx` =
+/// TSC frequency in kHz and `rsp` = the top of a stack of its own, at ring 3 in 64-bit mode, all memory mapped one to one.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct BootInfo {
+    /// [`BOOT_MAGIC`]
+    pub magic: u64,
+    /// Bytes of boot memory, which starts at address 0.
+    pub boot_memory_size: u64,
+    /// Start of the boot memory the guest may use as its heap.
+    pub heap_start: u64,
+    /// Bytes of heap.
+    pub heap_size: u64,
+    /// Address of the [`Mailbox`].
+    pub mailbox: u64,
+    /// Address of the map the guest publishes, one bit per device block in 64-bit words, see
+    /// [`Mailbox::report_request`].
+    pub view: u64,
+    /// Number of 64-bit words at `view`.
+    pub view_words: u64,
+    /// Address of the virtio-mmio registers.
+    pub virtio_mmio: u64,
+    /// Address of the port registers ([`port`]).
+    pub port: u64,
+    /// Number of vCPUs that run the guest program.
+    pub vcpu_count: u64,
+    /// Seed of everything the guest program chooses at random.
+    pub seed: u64,
+    /// Most pages one worker keeps allocated.
+    pub worker_pages: u64,
+}
+
+/// Port registers, 32 bits each, offsets from [`BootInfo::port`].
+pub mod port {
+    /// Read: blocks until [`Mailbox::interrupt`](super::Mailbox::interrupt) or
+    /// [`Mailbox::command`](super::Mailbox::command) is not zero, or a report is asked for. The value read
+    /// means nothing. Write: the same, for as many milliseconds as are written at the most.
+    pub const WAIT: u64 = 0x0;
+    /// Write: the vCPU is done (any value); it is not entered again.
+    pub const EXIT: u64 = 0x4;
+    /// Write: the guest panicked, the message is in the mailbox; the whole VM stops.
+    pub const PANIC: u64 = 0x8;
+    /// Bytes of port registers.
+    pub const LEN: u64 = 0x1000;
+}
+
+/// Bits of [`Mailbox::command`].
+pub mod command {
+    /// Leave the program: verify and free what is held, then write [`port::EXIT`](super::port::EXIT).
+    pub const STOP: u32 = 1 << 0;
+    /// The last vCPU reads and writes [`Mailbox::rogue_address`](super::Mailbox::rogue_address), once.
+    pub const ROGUE: u32 = 1 << 1;
+}
+
+/// What the driver makes of the device's target. Values of [`Mailbox::driver_state`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum DriverState {
+    /// The driver has not finished its initialisation.
+    Booting = 0,
+    /// Plugging or unplugging towards the target.
+    Converging = 1,
+    /// As close to the target as this driver can get, and nothing in flight.
+    Settled = 2,
+    /// Cannot get on for now (memory in use, device busy); will try again.
+    Stalled = 3,
+    /// The device or the driver is broken; the reason is in [`Mailbox::message`].
+    Failed = 4,
+}
+
+impl DriverState {
+    /// The state with this value.
+    #[must_use]
+    pub const fn from_value(value: u32) -> Option<Self> {
+        Some(match value {
+            0 => Self::Booting,
+            1 => Self::Converging,
+            2 => Self::Settled,
+            3 => Self::Stalled,
+            4 => Self::Failed,
+            _ => return None,
+        })
+    }
+}
+
+/// The most vCPUs a guest can have.
+pub const MAX_VCPUS: usize = 16;
+
+/// What one worker has done so far.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct WorkerCounters {
+    /// Pages allocated and filled with their tag.
+    pub pages_written: AtomicU64,
+    /// Pages read back in full and found right.
+    pub pages_verified: AtomicU64,
+    /// Pages read back and found wrong: memory was lost or mixed up.
+    pub pages_wrong: AtomicU64,
+    /// Pages held now.
+    pub pages_held: AtomicU64,
+    /// Slices of work done, to see that the worker runs.
+    pub slices: AtomicU64,
+}
+
+/// Memory both sides write, in boot memory.
+///
+/// What the guest says of itself, but for its workers' counters, its interrupts and a failure, is as of the
+/// last report.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Mailbox {
+    /// Host: not zero while the device has raised an interrupt the guest has not looked at. The guest
+    /// swaps it with 0 and then reads InterruptStatus.
+    pub interrupt: AtomicU32,
+    /// Host: bits of [`command`].
+    pub command: AtomicU32,
+    /// Host: where a [`command::ROGUE`] guest reaches to.
+    pub rogue_address: AtomicU64,
+    /// Host: raised by one to ask for a report.
+    pub report_request: AtomicU64,
+    /// Guest: set to the request it has answered, after the view and all fields below are written.
+    pub report_done: AtomicU64,
+    /// Guest: a [`DriverState`].
+    pub driver_state: AtomicU32,
+    /// Guest: bytes of [`message`](Self::message) that are valid.
+    pub message_len: AtomicU32,
+    /// Guest: the target as the driver last read it, in bytes.
+    pub requested_size: AtomicU64,
+    /// Guest: bytes the driver believes plugged.
+    pub plugged_size: AtomicU64,
+    /// Guest: bytes of hotplugged memory the page allocator works with.
+    pub online_size: AtomicU64,
+    /// Guest: pages moved out of memory that was being unplugged.
+    pub pages_moved: AtomicU64,
+    /// Guest: interrupts taken.
+    pub interrupts: AtomicU64,
+    /// Guest: requests sent.
+    pub requests: AtomicU64,
+    /// Guest: one per worker, the vCPU index being the index.
+    pub workers: [WorkerCounters; MAX_VCPUS],
+    /// Guest: why it panicked or failed, UTF-8.
+    pub message: [core::sync::atomic::AtomicU8; 512],
+}
+
+impl Mailbox {
+    /// Bytes of boot memory to set aside for a mailbox, whole pages.
+    pub const PAGES_LEN: u64 = 0x1000;
+}
+
+const _: () = assert!(size_of::<Mailbox>() <= Mailbox::PAGES_LEN as usize);

@@ -1,0 +1,329 @@
+//! The guest program: booting it, and what each vCPU does.
+
+use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use thiserror::Error;
+use virtio_mem_driver::driver::{MemDriver, Policy, ProbeError, Progress};
+use virtio_mem_driver::hotplug::{self, Hotplug, Profile};
+use virtio_mem_wire::{BlockMap, BlockRange, BlockState};
+
+use crate::abi::{BootInfo, DriverState, MAX_VCPUS, Mailbox, command};
+use crate::lock::SpinLock;
+use crate::message::write_message;
+use crate::platform::Platform;
+use crate::worker::Worker;
+
+/// What the guest program can be told.
+#[derive(Clone, Copy, Debug)]
+pub struct Parameters {
+    /// Number of vCPUs that run it, 1 to [`MAX_VCPUS`].
+    pub vcpu_count: usize,
+    /// Most pages one worker keeps allocated.
+    pub worker_pages: u64,
+    /// Seed of everything that is chosen at random.
+    pub seed: u64,
+    /// Sizes of the machine.
+    pub profile: Profile,
+}
+
+impl From<&BootInfo> for Parameters {
+    fn from(boot: &BootInfo) -> Self {
+        Self {
+            // Too many are refused by `Guest::boot`.
+            vcpu_count: usize::try_from(boot.vcpu_count).unwrap_or(usize::MAX),
+            worker_pages: boot.worker_pages,
+            seed: boot.seed,
+            profile: Profile::X86_64,
+        }
+    }
+}
+
+/// Why the guest program cannot start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum BootError {
+    /// None at all, or more than the mailbox has room for.
+    #[error("{0} vCPUs")]
+    VcpuCount(usize),
+    /// The map of plugged blocks does not fit where it is to be published.
+    #[error("a view of {have} words, {need} needed")]
+    ViewTooSmall {
+        /// Words there are.
+        have: usize,
+        /// Words the map has.
+        need: u64,
+    },
+    /// The sizes of the machine make no sense.
+    #[error("sizes of the machine: {0}")]
+    Profile(#[from] hotplug::Error),
+    /// The device cannot be used.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+}
+
+/// The guest program. All vCPUs share one.
+pub struct Guest<P: Platform> {
+    platform: P,
+    parameters: Parameters,
+    hotplug: SpinLock<Hotplug<P::Memory>>,
+    /// vCPU 0 holds this for as long as it runs.
+    driver: SpinLock<MemDriver<P::Hal, P::Transport>>,
+    /// Whether there may be memory soon: the other vCPUs stay awake.
+    converging: AtomicBool,
+    /// The target, which the workers keep to.
+    requested_size: AtomicU64,
+}
+
+impl<P: Platform> fmt::Debug for Guest<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guest")
+            .field("parameters", &self.parameters)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<P: Platform> Guest<P> {
+    /// Takes over the memory device. Once, before any vCPU [runs](Self::run_vcpu).
+    ///
+    /// # Errors
+    ///
+    /// See [`BootError`]; the mailbox says [`DriverState::Failed`] and why, too.
+    pub fn boot(
+        platform: P,
+        transport: P::Transport,
+        parameters: Parameters,
+    ) -> Result<Self, BootError> {
+        match Self::probe(&platform, transport, &parameters) {
+            Ok((hotplug, driver)) => Ok(Self {
+                platform,
+                parameters,
+                hotplug: SpinLock::new(hotplug),
+                driver: SpinLock::new(driver),
+                converging: AtomicBool::new(true),
+                requested_size: AtomicU64::new(0),
+            }),
+            Err(error) => {
+                publish_failure(platform.mailbox(), error);
+                Err(error)
+            }
+        }
+    }
+
+    #[expect(
+        clippy::type_complexity,
+        reason = "the two halves of a guest, named in its only caller"
+    )]
+    fn probe(
+        platform: &P,
+        transport: P::Transport,
+        parameters: &Parameters,
+    ) -> Result<(Hotplug<P::Memory>, MemDriver<P::Hal, P::Transport>), BootError> {
+        let vcpu_count = parameters.vcpu_count;
+        if !(1..=MAX_VCPUS).contains(&vcpu_count) {
+            return Err(BootError::VcpuCount(vcpu_count));
+        }
+        let hotplug = Hotplug::new(parameters.profile, platform.memory())?;
+        let driver = MemDriver::probe(transport, &parameters.profile, Policy::default())?;
+        let need = driver.plugged_map().len().div_ceil(u64::from(u64::BITS));
+        let have = platform.view().len();
+        if need > have as u64 {
+            return Err(BootError::ViewTooSmall { have, need });
+        }
+        Ok((hotplug, driver))
+    }
+
+    /// Runs vCPU `index` until the host says [`command::STOP`]; by then its worker has verified and freed all
+    /// its pages. Each vCPU is run once, at the same time as the others.
+    pub fn run_vcpu(&self, index: usize) {
+        match index {
+            0 => self.run_driver(),
+            _ => self.run_worker(index),
+        }
+    }
+
+    /// vCPU 0: the driver, and a worker in between.
+    fn run_driver(&self) {
+        let mailbox = self.platform.mailbox();
+        let mut driver = self.driver.lock(|| self.platform.relax());
+        let mut worker = self.worker(0);
+        while !self.take_command(0) {
+            if mailbox.interrupt.load(Ordering::Relaxed) != 0 {
+                // Before the interrupt is taken: a vCPU that sees none then sees that there is work.
+                self.converging.store(true, Ordering::Release);
+                mailbox.interrupt.swap(0, Ordering::AcqRel);
+                mailbox.interrupts.fetch_add(1, Ordering::Relaxed);
+                driver.on_interrupt();
+            }
+            let progress = self.poll(&mut driver);
+            self.report(&driver, progress);
+            let worked = worker.slice(self.allowance());
+            if !worked {
+                match progress {
+                    Progress::Converging => {}
+                    Progress::Stalled { retry_at_ms, .. } => self.platform.wait(retry_at_ms),
+                    Progress::AwaitingDevice | Progress::Settled | Progress::Failed(_) => {
+                        self.platform.wait(None);
+                    }
+                }
+            }
+        }
+        worker.finish();
+    }
+
+    /// One step of the driver.
+    fn poll(&self, driver: &mut MemDriver<P::Hal, P::Transport>) -> Progress {
+        if driver.awaits_device() {
+            return Progress::AwaitingDevice;
+        }
+        let mut hotplug = self.hotplug.lock(|| self.platform.relax());
+        let progress = driver.poll(&mut hotplug, self.platform.now_ms());
+        drop(hotplug);
+        let requested_size = driver.config().mutable.requested_size;
+        self.requested_size.store(requested_size, Ordering::Relaxed);
+        let converging = state_of(progress) == DriverState::Converging;
+        self.converging.store(converging, Ordering::Release);
+        if let Progress::Failed(failure) = progress {
+            let mailbox = self.platform.mailbox();
+            if mailbox.message_len.load(Ordering::Relaxed) == 0 {
+                publish_failure(mailbox, failure);
+            }
+        }
+        progress
+    }
+
+    /// Any other vCPU: a worker, which waits where there is no memory to work with.
+    fn run_worker(&self, index: usize) {
+        let mailbox = self.platform.mailbox();
+        let mut worker = self.worker(index);
+        while !self.take_command(index) {
+            if worker.slice(self.allowance()) {
+                continue;
+            }
+            // In this order, see `run_driver`. Should the interrupt come after this, the answers to the
+            // driver's requests still wake us before there is memory.
+            let interrupt = mailbox.interrupt.load(Ordering::Acquire) != 0;
+            if interrupt || self.converging.load(Ordering::Acquire) {
+                self.platform.relax();
+            } else {
+                self.platform.wait(None);
+            }
+        }
+        worker.finish();
+    }
+
+    fn worker(&self, index: usize) -> Worker<'_, P::Memory, impl Fn() + '_> {
+        Worker::new(
+            &self.hotplug,
+            &self.platform.mailbox().workers[index],
+            || self.platform.relax(),
+            self.parameters.seed,
+            index as u64,
+        )
+    }
+
+    /// Pages a worker may hold: all workers together half of the target, or there would be nowhere to move
+    /// pages to.
+    fn allowance(&self) -> u64 {
+        let requested_size = self.requested_size.load(Ordering::Relaxed);
+        let pages = requested_size / 2 / self.parameters.profile.page_size();
+        let share = pages / self.parameters.vcpu_count as u64;
+        share.min(self.parameters.worker_pages)
+    }
+
+    /// Does what the host has told vCPU `index` to do; `true` if that is to stop.
+    fn take_command(&self, index: usize) -> bool {
+        let mailbox = self.platform.mailbox();
+        let bits = mailbox.command.load(Ordering::Acquire);
+        if bits & command::ROGUE != 0 && index == self.parameters.vcpu_count - 1 {
+            // Once for each time it is told.
+            mailbox.command.fetch_and(!command::ROGUE, Ordering::AcqRel);
+            self.platform
+                .touch(mailbox.rogue_address.load(Ordering::Relaxed));
+        }
+        bits & command::STOP != 0
+    }
+
+    /// Answers the host if it has asked: everything is from one moment, and that is after every interrupt the
+    /// host has raised before it asked.
+    fn report(&self, driver: &MemDriver<P::Hal, P::Transport>, progress: Progress) {
+        let mailbox = self.platform.mailbox();
+        let request = mailbox.report_request.load(Ordering::Acquire);
+        let answered = request == mailbox.report_done.load(Ordering::Relaxed);
+        if answered || mailbox.interrupt.load(Ordering::Acquire) != 0 {
+            return;
+        }
+        for (cell, word) in self.platform.view().iter().zip(words(driver.plugged_map())) {
+            cell.store(word, Ordering::Relaxed);
+        }
+        let hotplug = self.hotplug.lock(|| self.platform.relax());
+        let online_size = hotplug.counts().managed * self.parameters.profile.page_size();
+        let pages_moved = hotplug.statistics().pages_migrated;
+        drop(hotplug);
+        let requested_size = driver.config().mutable.requested_size;
+        for (field, value) in [
+            (&mailbox.requested_size, requested_size),
+            (&mailbox.plugged_size, driver.plugged_size()),
+            (&mailbox.online_size, online_size),
+            (&mailbox.pages_moved, pages_moved),
+            (&mailbox.requests, driver.counters().total_requests()),
+        ] {
+            field.store(value, Ordering::Relaxed);
+        }
+        let state = state_of(progress) as u32;
+        mailbox.driver_state.store(state, Ordering::Relaxed);
+        mailbox.report_done.store(request, Ordering::Release);
+    }
+}
+
+fn state_of(progress: Progress) -> DriverState {
+    match progress {
+        Progress::Converging | Progress::AwaitingDevice => DriverState::Converging,
+        Progress::Settled => DriverState::Settled,
+        Progress::Stalled { .. } => DriverState::Stalled,
+        Progress::Failed(_) => DriverState::Failed,
+    }
+}
+
+/// Tells the host at once, it may not think of asking.
+fn publish_failure(mailbox: &Mailbox, reason: impl fmt::Display) {
+    write_message(mailbox, reason);
+    let state = DriverState::Failed as u32;
+    mailbox.driver_state.store(state, Ordering::Release);
+}
+
+/// The map as 64-bit words, the first block being bit 0 of the first.
+fn words(map: &BlockMap) -> impl Iterator<Item = u64> + '_ {
+    let bits = u64::from(u64::BITS);
+    (0..map.len())
+        .step_by(u64::BITS as usize)
+        .map(move |first| {
+            let count = bits.min(map.len() - first);
+            match map.state(BlockRange { first, count }) {
+                BlockState::Unplugged => 0,
+                BlockState::Plugged => u64::MAX >> (bits - count),
+                BlockState::Mixed => (0..count)
+                    .filter(|bit| map.contains(first + bit))
+                    .fold(0, |word, bit| word | 1 << bit),
+            }
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_a_map_have_the_first_block_in_bit_0() {
+        let mut map = BlockMap::new(200);
+        for (first, count) in [(0, 1), (63, 66), (199, 1)] {
+            map.insert(BlockRange { first, count });
+        }
+        let expected = [1 | 1 << 63, u64::MAX, 1, 1 << 7];
+        assert_eq!(words(&map).collect::<Vec<_>>(), expected);
+        map.insert(BlockRange {
+            first: 0,
+            count: 200,
+        });
+        assert_eq!(words(&map).last(), Some(0xff));
+    }
+}

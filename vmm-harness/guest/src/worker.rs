@@ -1,0 +1,315 @@
+//! A worker: somebody who uses memory and notices when it is not what it should be.
+#![expect(unsafe_code, reason = "pages are raw memory")]
+
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use virtio_mem_driver::hotplug::{Hotplug, Mobility, PageHandle, PhysicalMemory};
+
+use crate::abi::WorkerCounters;
+use crate::lock::SpinLock;
+use crate::pattern::{Pattern, Random};
+
+/// Pages a slice deals with: some ten microseconds of work, so that the driver is not kept waiting.
+const PAGES_PER_SLICE: usize = 16;
+
+/// A page of this worker's.
+#[derive(Clone, Copy, Debug)]
+struct HeldPage {
+    handle: PageHandle,
+    sequence: u64,
+}
+
+/// Holds pages, each with a pattern of its own.
+///
+/// The lock on the bookkeeping is held to allocate, free, pin and unpin, never while a page is accessed.
+pub(crate) struct Worker<'a, M, R> {
+    hotplug: &'a SpinLock<Hotplug<M>>,
+    counters: &'a WorkerCounters,
+    relax: R,
+    seed: u64,
+    index: u64,
+    random: Random,
+    held: Vec<HeldPage>,
+    /// Number of pages written so far.
+    sequence: u64,
+}
+
+impl<'a, M: PhysicalMemory, R: Fn()> Worker<'a, M, R> {
+    pub(crate) fn new(
+        hotplug: &'a SpinLock<Hotplug<M>>,
+        counters: &'a WorkerCounters,
+        relax: R,
+        seed: u64,
+        index: u64,
+    ) -> Self {
+        Self {
+            hotplug,
+            counters,
+            relax,
+            seed,
+            index,
+            random: Random::new(seed, index),
+            held: Vec::new(),
+            sequence: 0,
+        }
+    }
+
+    /// Does a little work; `false` if there is none. At most `allowance` pages are kept.
+    pub(crate) fn slice(&mut self, allowance: u64) -> bool {
+        let worked = (0..PAGES_PER_SLICE)
+            .take_while(|_| self.work(allowance))
+            .count();
+        if worked > 0 {
+            add(&self.counters.slices, 1);
+        }
+        let held = self.held.len() as u64;
+        self.counters.pages_held.store(held, Ordering::Relaxed);
+        worked > 0
+    }
+
+    /// Verifies and frees everything.
+    pub(crate) fn finish(mut self) {
+        while self.slice(0) {}
+    }
+
+    /// Deals with one page.
+    fn work(&mut self, allowance: u64) -> bool {
+        let held = self.held.len() as u64;
+        if held > allowance {
+            self.give_back();
+            return true;
+        }
+        // Growing is likelier than shrinking, so that there is soon as much to verify as there may be.
+        let choice = self.random.below(8);
+        if held < allowance && (choice < 4 || held == 0) && self.write() {
+            return true;
+        }
+        match (held, choice) {
+            (0, _) => return false,
+            (_, 7) => self.give_back(),
+            _ => self.verify(),
+        }
+        true
+    }
+
+    /// Allocates a page and fills it; `false` if there is none.
+    fn write(&mut self) -> bool {
+        if self.held.try_reserve(1).is_err() {
+            return false;
+        }
+        let mut hotplug = self.hotplug.lock(&self.relax);
+        let Ok(handle) = hotplug.allocate(Mobility::Movable) else {
+            return false;
+        };
+        let pinned = hotplug.pin(handle);
+        drop(hotplug);
+        let sequence = self.sequence;
+        self.sequence += 1;
+        self.held.push(HeldPage { handle, sequence });
+        // It was allocated a moment ago; should that be lost, `verify` finds it so.
+        if let Ok(page) = pinned {
+            // SAFETY: The page is pinned, so it stays where it is, and only this worker has its handle.
+            unsafe { self.pattern(sequence).fill(page) };
+            let _pinned_above = self.hotplug.lock(&self.relax).unpin(handle);
+        }
+        add(&self.counters.pages_written, 1);
+        true
+    }
+
+    /// Reads a page at random.
+    fn verify(&mut self) {
+        let index = self.random.below(self.held.len());
+        if !self.check(self.held[index], false) {
+            self.held.swap_remove(index);
+        }
+    }
+
+    /// Reads a page at random, and frees it.
+    fn give_back(&mut self) {
+        let index = self.random.below(self.held.len());
+        let page = self.held.swap_remove(index);
+        self.check(page, true);
+    }
+
+    /// Reads a page in full and counts what was found. A wrong page is freed too, it is not wrong twice.
+    fn check(&self, page: HeldPage, free: bool) -> bool {
+        let pinned = self.hotplug.lock(&self.relax).pin(page.handle);
+        let right = pinned.is_ok_and(|memory| {
+            // SAFETY: The page is pinned, so it stays where it is, and only this worker has its handle.
+            unsafe { self.pattern(page.sequence).matches(memory) }
+        });
+        let mut hotplug = self.hotplug.lock(&self.relax);
+        let unpinned = hotplug.unpin(page.handle);
+        let freed = match free || !right {
+            true => hotplug.free(page.handle),
+            false => Ok(()),
+        };
+        drop(hotplug);
+        let right = right && unpinned.is_ok() && freed.is_ok();
+        let counter = match right {
+            true => &self.counters.pages_verified,
+            false => &self.counters.pages_wrong,
+        };
+        add(counter, 1);
+        right
+    }
+
+    fn pattern(&self, sequence: u64) -> Pattern {
+        Pattern::new(self.seed, self.index, sequence)
+    }
+}
+
+fn add(counter: &AtomicU64, count: u64) {
+    counter.fetch_add(count, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::cell::UnsafeCell;
+    use std::ptr::NonNull;
+
+    use virtio_mem_driver::hotplug::Profile;
+
+    use super::*;
+    use crate::abi::Mailbox;
+
+    /// A mailbox as the host makes it: zeroes.
+    pub(crate) fn mailbox() -> Box<Mailbox> {
+        // SAFETY: A mailbox is made of atomic integers.
+        unsafe { Box::new_zeroed().assume_init() }
+    }
+
+    /// One memory block of 32 pages.
+    const PROFILE: Profile = Profile {
+        page_shift: 12,
+        pageblock_shift: 14,
+        sub_section_shift: 14,
+        section_shift: 17,
+        memory_block_shift: 17,
+    };
+    const PAGES: usize = 32;
+
+    struct Pages(Vec<UnsafeCell<[u64; 512]>>);
+
+    // SAFETY: Each address has its own page, which lives as long as this.
+    unsafe impl PhysicalMemory for Pages {
+        fn page(&self, address: u64) -> NonNull<u8> {
+            let page = &self.0[(address >> 12) as usize];
+            NonNull::new(page.get()).unwrap().cast()
+        }
+    }
+
+    fn hotplug() -> SpinLock<Hotplug<Pages>> {
+        let pages = (0..PAGES).map(|_| UnsafeCell::new([0; 512])).collect();
+        let mut hotplug = Hotplug::new(PROFILE, Pages(pages)).unwrap();
+        hotplug.add_memory(0, 1 << 17).unwrap();
+        hotplug.online(0, |_| true).unwrap();
+        SpinLock::new(hotplug)
+    }
+
+    fn worker<'a>(
+        hotplug: &'a SpinLock<Hotplug<Pages>>,
+        counters: &'a WorkerCounters,
+    ) -> Worker<'a, Pages, fn()> {
+        Worker::new(hotplug, counters, || (), 42, 1)
+    }
+
+    fn get(counter: &AtomicU64) -> u64 {
+        counter.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn worker_fills_its_allowance_and_gives_everything_back() {
+        let (hotplug, counters) = (hotplug(), WorkerCounters::default());
+        let mut worker = worker(&hotplug, &counters);
+        let most = (0..100)
+            .map(|_| {
+                assert!(worker.slice(20));
+                get(&counters.pages_held)
+            })
+            .max();
+        assert_eq!(most, Some(20));
+        // Less is allowed now: the excess goes at once.
+        worker.slice(3);
+        worker.slice(3);
+        assert!(get(&counters.pages_held) <= 3);
+        worker.finish();
+        assert_eq!(get(&counters.pages_held), 0);
+        assert_eq!(get(&counters.pages_wrong), 0);
+        assert!(get(&counters.pages_verified) >= get(&counters.pages_written));
+        let hotplug = hotplug.lock(|| ());
+        assert_eq!(hotplug.counts().free, PAGES as u64);
+        hotplug.check_invariants().unwrap();
+    }
+
+    #[test]
+    fn worker_without_memory_or_allowance_has_no_work() {
+        let (hotplug, counters) = (hotplug(), WorkerCounters::default());
+        assert!(!worker(&hotplug, &counters).slice(0));
+        hotplug.lock(|| ()).offline(0).unwrap();
+        assert!(!worker(&hotplug, &counters).slice(10));
+        assert_eq!(get(&counters.slices), 0);
+    }
+
+    #[test]
+    fn pages_that_are_moved_stay_right() {
+        let (hotplug, counters) = (hotplug(), WorkerCounters::default());
+        let mut worker = worker(&hotplug, &counters);
+        for pageblock in (0..8).cycle().take(400) {
+            worker.slice(8);
+            let mut hotplug = hotplug.lock(|| ());
+            hotplug.fake_offline(pageblock << 14, 1 << 14).unwrap();
+            hotplug.fake_online(pageblock << 14, 1 << 14).unwrap();
+        }
+        assert!(hotplug.lock(|| ()).statistics().pages_migrated > 100);
+        worker.finish();
+        assert_eq!(get(&counters.pages_wrong), 0);
+    }
+
+    #[test]
+    fn corrupted_page_is_counted_once() {
+        let (hotplug, counters) = (hotplug(), WorkerCounters::default());
+        let mut worker = worker(&hotplug, &counters);
+        while get(&counters.pages_held) < 8 {
+            worker.slice(8);
+        }
+        let victim = worker.held[3].handle;
+        {
+            let mut hotplug = hotplug.lock(|| ());
+            let page = hotplug.pin(victim).unwrap();
+            // SAFETY: A pinned page nobody else touches.
+            let bytes = unsafe { page.cast::<[u8; 4096]>().as_mut() };
+            bytes[4095] ^= 1;
+            hotplug.unpin(victim).unwrap();
+        }
+        worker.finish();
+        assert_eq!(get(&counters.pages_wrong), 1);
+        assert_eq!(hotplug.lock(|| ()).counts().free, PAGES as u64);
+    }
+
+    #[test]
+    fn lost_page_is_counted_as_wrong() {
+        let (hotplug, counters) = (hotplug(), WorkerCounters::default());
+        let mut worker = worker(&hotplug, &counters);
+        while get(&counters.pages_held) < 8 {
+            worker.slice(8);
+        }
+        hotplug.lock(|| ()).free(worker.held[0].handle).unwrap();
+        worker.finish();
+        assert_eq!(get(&counters.pages_wrong), 1);
+    }
+
+    #[test]
+    fn pages_that_are_mixed_up_are_both_wrong() {
+        let (hotplug, counters) = (hotplug(), WorkerCounters::default());
+        let mut worker = worker(&hotplug, &counters);
+        while get(&counters.pages_held) < 8 {
+            worker.slice(8);
+        }
+        let sequence = worker.held[0].sequence;
+        worker.held[0].sequence = core::mem::replace(&mut worker.held[1].sequence, sequence);
+        worker.finish();
+        assert_eq!(get(&counters.pages_wrong), 2);
+    }
+}

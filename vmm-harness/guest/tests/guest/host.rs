@@ -1,0 +1,255 @@
+//! The host's side: a platform of threads, and what a harness does with the mailbox.
+#![expect(unsafe_code, reason = "a mailbox is made of zeroes")]
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use virtio_mem_driver::hotplug::Profile;
+use virtio_mem_wire::{BlockMap, BlockRange};
+use vmem_guest::abi::{DriverState, Mailbox, command};
+use vmem_guest::{Guest, Parameters, Platform};
+
+use crate::support::device::{Device, FakeTransport};
+use crate::support::dma::FakeHal;
+use crate::support::memory::PluggedMemory;
+
+pub(crate) const PARAMETERS: Parameters = Parameters {
+    vcpu_count: 2,
+    worker_pages: 4096,
+    seed: 0x5eed,
+    profile: Profile::X86_64,
+};
+
+/// Far more than anything here takes: only a guest that hangs gets there.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+thread_local! {
+    static VCPU: Cell<usize> = const { Cell::new(usize::MAX) };
+}
+
+/// How many vCPUs sleep; changes are announced, and so is everything a sleeper may wait for.
+#[derive(Debug, Default)]
+struct Sleepers {
+    count: Mutex<usize>,
+    wake: Condvar,
+}
+
+pub(crate) struct TestPlatform {
+    device: Arc<Device>,
+    mailbox: Arc<Mailbox>,
+    view: Vec<AtomicU64>,
+    sleepers: Arc<Sleepers>,
+    touched: Mutex<Vec<(usize, u64)>>,
+    start: Instant,
+}
+
+impl TestPlatform {
+    pub(crate) fn new(device: &Arc<Device>, view_words: usize) -> Self {
+        Self {
+            device: Arc::clone(device),
+            // SAFETY: A mailbox is made of atomic integers.
+            mailbox: unsafe { Arc::new_zeroed().assume_init() },
+            view: (0..view_words).map(|_| AtomicU64::new(0)).collect(),
+            sleepers: Arc::default(),
+            touched: Mutex::default(),
+            start: Instant::now(),
+        }
+    }
+
+    pub(crate) fn message(&self) -> String {
+        let len = self.mailbox.message_len.load(Ordering::Acquire) as usize;
+        let bytes = self.mailbox.message.iter().take(len);
+        String::from_utf8(bytes.map(|byte| byte.load(Ordering::Relaxed)).collect()).unwrap()
+    }
+
+    pub(crate) fn driver_state(&self) -> DriverState {
+        DriverState::from_value(self.mailbox.driver_state.load(Ordering::Acquire)).unwrap()
+    }
+
+    fn wake(&self) {
+        let _count = self.sleepers.count.lock().unwrap();
+        self.sleepers.wake.notify_all();
+    }
+}
+
+impl Platform for &TestPlatform {
+    type Hal = FakeHal;
+    type Transport = FakeTransport;
+    type Memory = PluggedMemory;
+
+    fn memory(&self) -> PluggedMemory {
+        PluggedMemory(Arc::clone(&self.device))
+    }
+
+    fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+
+    fn view(&self) -> &[AtomicU64] {
+        &self.view
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap()
+    }
+
+    fn wait(&self, deadline_ms: Option<u64>) {
+        let mailbox = &self.mailbox;
+        let mut count = self.sleepers.count.lock().unwrap();
+        *count += 1;
+        loop {
+            let pending = mailbox.interrupt.load(Ordering::Acquire) != 0
+                || mailbox.command.load(Ordering::Acquire) != 0
+                || mailbox.report_request.load(Ordering::Acquire)
+                    != mailbox.report_done.load(Ordering::Acquire);
+            let rest = deadline_ms.map(|deadline| deadline.saturating_sub(self.now_ms()));
+            if pending || rest == Some(0) {
+                break;
+            }
+            let rest = rest.map_or(PATIENCE, Duration::from_millis);
+            count = self.sleepers.wake.wait_timeout(count, rest).unwrap().0;
+        }
+        *count -= 1;
+    }
+
+    fn relax(&self) {
+        thread::yield_now();
+    }
+
+    fn touch(&self, address: u64) {
+        self.touched.lock().unwrap().push((VCPU.get(), address));
+    }
+}
+
+/// A running guest.
+pub(crate) struct Host<'a> {
+    pub(crate) device: &'a Arc<Device>,
+    platform: &'a TestPlatform,
+}
+
+impl<'a> Host<'a> {
+    /// Runs a guest while `test` deals with it, stops it, and checks what its workers have found.
+    pub(crate) fn run(
+        device: &'a Arc<Device>,
+        parameters: Parameters,
+        test: impl FnOnce(&Host<'_>),
+    ) {
+        let words = device.state().plugged.len().div_ceil(64) as usize;
+        let platform = TestPlatform::new(device, words);
+        let transport = FakeTransport(Arc::clone(device));
+        let guest = Guest::boot(&platform, transport, parameters).unwrap();
+        let host = Host {
+            device,
+            platform: &platform,
+        };
+        // Interrupts reach the guest through the mailbox.
+        let sleepers = Arc::clone(&platform.sleepers);
+        let mailbox = Arc::clone(&platform.mailbox);
+        device.state().interrupt_line = Some(Box::new(move || {
+            mailbox.interrupt.store(1, Ordering::Release);
+            let _count = sleepers.count.lock().unwrap();
+            sleepers.wake.notify_all();
+        }));
+        let result = thread::scope(|scope| {
+            for vcpu in 0..parameters.vcpu_count {
+                let guest = &guest;
+                scope.spawn(move || {
+                    VCPU.set(vcpu);
+                    guest.run_vcpu(vcpu);
+                });
+            }
+            // Stopped even if the test fails, or its threads would never end.
+            let result = catch_unwind(AssertUnwindSafe(|| test(&host)));
+            host.command(command::STOP);
+            result
+        });
+        device.state().interrupt_line = None;
+        if let Err(panic) = result {
+            resume_unwind(panic);
+        }
+        for worker in &platform.mailbox.workers {
+            assert_eq!(worker.pages_wrong.load(Ordering::Relaxed), 0);
+            assert_eq!(worker.pages_held.load(Ordering::Relaxed), 0);
+        }
+    }
+
+    pub(crate) fn mailbox(&self) -> &Mailbox {
+        &self.platform.mailbox
+    }
+
+    /// Waits until `done`.
+    pub(crate) fn until(&self, done: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !done() {
+            assert!(start.elapsed() < PATIENCE, "the guest hangs");
+            thread::yield_now();
+        }
+    }
+
+    pub(crate) fn command(&self, bits: u32) {
+        self.mailbox().command.fetch_or(bits, Ordering::AcqRel);
+        self.platform.wake();
+    }
+
+    /// Asks for a report, and returns the state it shows.
+    pub(crate) fn report(&self) -> DriverState {
+        let mailbox = self.mailbox();
+        let request = mailbox.report_request.fetch_add(1, Ordering::AcqRel) + 1;
+        self.platform.wake();
+        self.until(|| mailbox.report_done.load(Ordering::Acquire) == request);
+        self.platform.driver_state()
+    }
+
+    /// Sets the target and waits until the guest is there.
+    pub(crate) fn resize(&self, size: u64) {
+        self.device.request(size);
+        self.until(|| {
+            self.report() == DriverState::Settled
+                && self.mailbox().requested_size.load(Ordering::Relaxed) == size
+                && self.mailbox().plugged_size.load(Ordering::Relaxed) == size
+        });
+    }
+
+    /// The map of the last report.
+    pub(crate) fn view(&self) -> BlockMap {
+        let mut map = BlockMap::new(self.device.state().plugged.len());
+        for (index, word) in self.platform.view.iter().enumerate() {
+            let word = word.load(Ordering::Relaxed);
+            for bit in (0..64).filter(|bit| word & (1 << bit) != 0) {
+                map.insert(BlockRange {
+                    first: index as u64 * 64 + bit,
+                    count: 1,
+                });
+            }
+        }
+        map
+    }
+
+    /// Waits until each worker has verified a hundred more pages.
+    pub(crate) fn await_work(&self) {
+        let verified = || {
+            let workers = self.mailbox().workers[..PARAMETERS.vcpu_count].iter();
+            workers.map(|worker| worker.pages_verified.load(Ordering::Relaxed))
+        };
+        let before: Vec<u64> = verified().collect();
+        self.until(|| verified().zip(&before).all(|(now, then)| now >= then + 100));
+    }
+
+    /// Waits until `count` vCPUs sleep.
+    pub(crate) fn await_sleepers(&self, count: usize) {
+        self.until(|| *self.platform.sleepers.count.lock().unwrap() == count);
+    }
+
+    /// Who has touched which address.
+    pub(crate) fn touched(&self) -> MutexGuard<'_, Vec<(usize, u64)>> {
+        self.platform.touched.lock().unwrap()
+    }
+
+    pub(crate) fn message(&self) -> String {
+        self.platform.message()
+    }
+}

@@ -1,0 +1,172 @@
+//! The guest program on threads of this process, with a device that follows the specification.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail like tests"
+)]
+
+mod host;
+// The driver's own tests made these.
+#[expect(dead_code, reason = "only the device and the memory are used here")]
+#[path = "../../../../guest-driver/tests/driver/support/mod.rs"]
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use virtio_mem_driver::hotplug::Profile;
+use virtio_mem_wire::Answer;
+use vmem_guest::abi::{DriverState, MAX_VCPUS, command};
+use vmem_guest::{BootError, Guest, Parameters};
+
+use host::{Host, PARAMETERS, TestPlatform};
+use support::device::{Device, FakeTransport, Misbehave};
+use support::{GIB, MIB};
+
+#[test]
+fn memory_is_resized_under_working_vcpus_and_no_page_is_lost() {
+    let device = Device::new(4 * GIB, 4 * GIB, 2 * MIB);
+    Host::run(&device, PARAMETERS, |host| {
+        let mut moved = 0;
+        for target in [GIB, 130 * MIB, 2 * GIB, 6 * MIB, 256 * MIB, 0] {
+            host.resize(target);
+            // The view is the device's map.
+            assert_eq!(host.view(), host.device.state().plugged);
+            let mailbox = host.mailbox();
+            assert_eq!(mailbox.plugged_size.load(Ordering::Relaxed), target);
+            assert_eq!(mailbox.online_size.load(Ordering::Relaxed), target);
+            moved = mailbox.pages_moved.load(Ordering::Relaxed);
+            if target > 0 {
+                // Everybody finds work, however little memory there is.
+                host.await_work();
+            }
+        }
+        assert!(moved > 0);
+    });
+}
+
+#[test]
+fn report_is_never_older_than_an_interrupt_before_it() {
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    Host::run(&device, PARAMETERS, |host| {
+        for blocks in (1..200).map(|step| step % 7) {
+            host.device.request(blocks * 2 * MIB);
+            let state = host.report();
+            let requested_size = host.mailbox().requested_size.load(Ordering::Relaxed);
+            assert!(state != DriverState::Settled || requested_size == blocks * 2 * MIB);
+        }
+    });
+}
+
+#[test]
+fn stop_ends_a_guest_that_sleeps_and_one_that_works() {
+    for target in [0, 64 * MIB] {
+        let device = Device::new(4 * GIB, GIB, 2 * MIB);
+        Host::run(&device, PARAMETERS, |host| host.resize(target));
+    }
+}
+
+#[test]
+fn guest_without_memory_sleeps() {
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    Host::run(&device, PARAMETERS, |host| {
+        host.resize(0);
+        // Nothing to do, so both wait and stay there.
+        host.await_sleepers(2);
+        assert_eq!(host.report(), DriverState::Settled);
+        host.await_sleepers(2);
+    });
+}
+
+#[test]
+fn rogue_address_is_touched_once_and_by_the_last_vcpu() {
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    Host::run(&device, PARAMETERS, |host| {
+        host.resize(2 * MIB);
+        let address = 4 * GIB + 512 * MIB;
+        let mailbox = host.mailbox();
+        mailbox.rogue_address.store(address, Ordering::Relaxed);
+        host.command(command::ROGUE);
+        host.until(|| mailbox.command.load(Ordering::Acquire) == 0);
+        host.report();
+        host.until(|| !host.touched().is_empty());
+        assert_eq!(*host.touched(), [(1, address)]);
+    });
+}
+
+#[test]
+fn failure_of_the_driver_is_reported_with_its_reason() {
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    Host::run(&device, PARAMETERS, |host| {
+        host.resize(64 * MIB);
+        let wrong = Misbehave::Answer(Answer::Error);
+        device.state().misbehave.push_back(wrong);
+        device.request(128 * MIB);
+        host.until(|| host.report() == DriverState::Failed);
+        assert_eq!(host.message(), "plug was answered ERROR");
+        // What is plugged goes on being used.
+        host.await_work();
+    });
+}
+
+#[test]
+fn busy_device_is_asked_again() {
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    for _ in 0..3 {
+        let busy = Misbehave::Answer(Answer::Busy);
+        device.state().misbehave.push_back(busy);
+    }
+    Host::run(&device, PARAMETERS, |host| {
+        host.resize(64 * MIB);
+        assert_eq!(host.mailbox().requests.load(Ordering::Relaxed), 4);
+    });
+}
+
+#[test]
+fn one_vcpu_is_enough() {
+    let parameters = Parameters {
+        vcpu_count: 1,
+        ..PARAMETERS
+    };
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    Host::run(&device, parameters, |host| {
+        for target in [256 * MIB, 2 * MIB, 0] {
+            host.resize(target);
+        }
+    });
+}
+
+#[test]
+fn guest_that_cannot_start_says_why() {
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    let boot = |parameters, view_words| {
+        let platform = TestPlatform::new(&device, view_words);
+        let transport = FakeTransport(Arc::clone(&device));
+        let error = Guest::boot(&platform, transport, parameters).unwrap_err();
+        assert_eq!(platform.message(), error.to_string());
+        assert_eq!(platform.driver_state(), DriverState::Failed);
+        error
+    };
+    for vcpu_count in [0, MAX_VCPUS + 1] {
+        let parameters = Parameters {
+            vcpu_count,
+            ..PARAMETERS
+        };
+        assert_eq!(boot(parameters, 8), BootError::VcpuCount(vcpu_count));
+    }
+    let profile = Profile {
+        page_shift: 30,
+        ..Profile::X86_64
+    };
+    let parameters = Parameters {
+        profile,
+        ..PARAMETERS
+    };
+    assert!(matches!(boot(parameters, 8), BootError::Profile(_)));
+    assert_eq!(
+        boot(PARAMETERS, 7),
+        BootError::ViewTooSmall { have: 7, need: 8 }
+    );
+    device.state().refuse_features = true;
+    assert!(matches!(boot(PARAMETERS, 8), BootError::Probe(_)));
+}

@@ -1,0 +1,85 @@
+//! Which address belongs to whom.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use virtio_mem_wire::BlockState;
+use vmem_guest::abi::port;
+
+use crate::layout::{PAGE, PORT, VIRTIO_MMIO};
+use crate::port::{Port, PortWrite};
+use crate::transport::MmioTransport;
+
+/// What a guest reaches outside its memory.
+#[derive(Debug)]
+pub(crate) struct Bus {
+    pub(crate) transport: Arc<MmioTransport>,
+    pub(crate) port: Arc<Port>,
+    /// The device-managed region: where there is no memory, no block is plugged.
+    pub(crate) region: Range<u64>,
+}
+
+/// What an access means for the vCPU that made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reaction {
+    Continue,
+    Exit,
+    Panic,
+    /// The access was to an unplugged block.
+    Unplugged,
+}
+
+/// Bytes of the widest access a vCPU can make. A host sees it page by page.
+const WIDEST_ACCESS: u64 = 64;
+
+impl Bus {
+    /// Whether all memory that an access seen at `address` can have reached is plugged: then the guest was in
+    /// its right, and what failed is the host.
+    pub(crate) fn is_plugged(&self, address: u64) -> bool {
+        let handle = self.transport.device().handle();
+        let blocks = handle.geometry().blocks_touching(address, WIDEST_ACCESS);
+        blocks.is_some_and(|blocks| handle.plugged().state(blocks) == BlockState::Plugged)
+    }
+
+    pub(crate) fn read(&self, address: u64, data: &mut [u8]) -> Reaction {
+        if let Some(offset) = offset_in(address, VIRTIO_MMIO, PAGE) {
+            self.transport.read(offset, data);
+        } else if let Some(offset) = offset_in(address, PORT, port::LEN) {
+            self.port.read(offset, data);
+        } else if self.region.contains(&address) {
+            return Reaction::Unplugged;
+        } else {
+            // As on a bus where nobody answers.
+            log::debug!(
+                "read of {} bytes at {address:#x}, where nothing is",
+                data.len()
+            );
+            data.fill(0xff);
+        }
+        Reaction::Continue
+    }
+
+    pub(crate) fn write(&self, address: u64, data: &[u8]) -> Reaction {
+        if let Some(offset) = offset_in(address, VIRTIO_MMIO, PAGE) {
+            self.transport.write(offset, data);
+        } else if let Some(offset) = offset_in(address, PORT, port::LEN) {
+            return match self.port.write(offset, data) {
+                PortWrite::Continue => Reaction::Continue,
+                PortWrite::Exit => Reaction::Exit,
+                PortWrite::Panic => Reaction::Panic,
+            };
+        } else if self.region.contains(&address) {
+            return Reaction::Unplugged;
+        } else {
+            log::debug!(
+                "write of {} bytes at {address:#x}, where nothing is",
+                data.len()
+            );
+        }
+        Reaction::Continue
+    }
+}
+
+fn offset_in(address: u64, start: u64, len: u64) -> Option<u64> {
+    address.checked_sub(start).filter(|offset| *offset < len)
+}

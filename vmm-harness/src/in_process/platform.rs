@@ -1,0 +1,117 @@
+//! What the guest program finds in this process.
+#![expect(
+    unsafe_code,
+    reason = "`PhysicalMemory` is an unsafe trait: it turns addresses into pointers"
+)]
+
+use std::cell::Cell;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use virtio_mem::{Backing, VirtioMem};
+use virtio_mem_driver::hotplug::PhysicalMemory;
+use virtio_mem_wire::Geometry;
+use vm_memory::{Bytes, GuestMemoryRegion, MemoryRegionAddress};
+use vmem_guest::Platform;
+use vmem_guest::abi::Mailbox;
+
+use super::Parts;
+use super::arena::ArenaHal;
+use super::transport::LoopbackTransport;
+use crate::outcome::{Outcome, UnpluggedAccess};
+
+thread_local! {
+    /// The vCPU the current thread stands for.
+    static VCPU: Cell<usize> = const { Cell::new(0) };
+}
+
+/// This process, as the guest program's place.
+#[derive(Debug)]
+pub(super) struct HostPlatform {
+    pub(super) parts: Arc<Parts>,
+    pub(super) started: Instant,
+}
+
+impl HostPlatform {
+    /// Makes the current thread vCPU `index`.
+    pub(super) fn enter_vcpu(index: usize) {
+        VCPU.set(index);
+    }
+
+    fn device(&self) -> &VirtioMem {
+        self.parts.bus.transport.device()
+    }
+}
+
+impl Platform for HostPlatform {
+    type Hal = ArenaHal;
+    type Transport = LoopbackTransport;
+    type Memory = HostMemory;
+
+    fn memory(&self) -> HostMemory {
+        HostMemory {
+            geometry: self.device().geometry(),
+            backing: self.device().backing(),
+        }
+    }
+
+    fn mailbox(&self) -> &Mailbox {
+        &self.parts.mailbox
+    }
+
+    fn view(&self) -> &[AtomicU64] {
+        self.parts.mailbox.view()
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn wait(&self, deadline_ms: Option<u64>) {
+        let timeout = deadline_ms.map(|at| Duration::from_millis(at.saturating_sub(self.now_ms())));
+        self.parts.bus.port.wait(timeout);
+    }
+
+    fn relax(&self) {
+        // The other vCPU is a thread that may have to be scheduled first.
+        std::thread::yield_now();
+    }
+
+    /// Asks the device's region, which refuses unplugged blocks, instead of running into them.
+    fn touch(&self, address: u64) {
+        let region = self.device().region(());
+        let offset = MemoryRegionAddress(address.wrapping_sub(region.start_addr().0));
+        let read = region.read_obj::<u64>(offset);
+        let touched = read.and_then(|value| region.write_obj(value, offset));
+        if touched.is_err() {
+            self.parts.fail(Outcome::UnpluggedAccess(UnpluggedAccess {
+                vcpu: VCPU.get(),
+                address,
+                write: false,
+                len: size_of::<u64>(),
+            }));
+        }
+    }
+}
+
+/// Hotplugged memory where the device's backing has it.
+#[derive(Debug)]
+pub(super) struct HostMemory {
+    geometry: Geometry,
+    backing: Arc<dyn Backing>,
+}
+
+// SAFETY: pages that are online lie in plugged blocks, which the backing keeps open, at one place for as long
+// as it lives; it is mapped once and different addresses are at different offsets.
+unsafe impl PhysicalMemory for HostMemory {
+    fn page(&self, address: u64) -> NonNull<u8> {
+        let block = self.geometry.block_at(address);
+        block.expect("pages that are online are pages of the region");
+        let offset = usize::try_from(address - self.geometry.addr());
+        let offset = offset.expect("the region is mapped, so offsets into it fit");
+        // SAFETY: inside the region, so inside the backing's mapping.
+        unsafe { self.backing.host_address().add(offset) }
+    }
+}

@@ -1,0 +1,250 @@
+//! Where things are in guest-physical memory.
+//!
+//! ```text
+//! 0                        nothing, and not mapped: a null pointer faults
+//! IMAGE_START              the guest image, as linked
+//!                          BootInfo, mailbox, view words, stacks, heap
+//! page_tables.start        page tables, not mapped: the guest cannot change them
+//! boot_memory_size         end of boot memory
+//! VIRTIO_MMIO, PORT        registers, no memory behind them
+//! REGION_START             the device-managed region
+//! ```
+//!
+//! Guest-virtual addresses are the same numbers.
+
+use std::ops::Range;
+
+use thiserror::Error;
+use virtio_mem_wire::Geometry;
+use vmem_guest::abi::{MAX_VCPUS, Mailbox};
+
+/// Bytes in a page.
+pub const PAGE: u64 = 0x1000;
+/// Bytes the guest's page tables map with one entry. (1 GiB pages are not offered everywhere.)
+pub const LARGE_PAGE: u64 = 2 << 20;
+/// Where the guest image is linked to (`resources/guest-image/linker.ld`).
+pub const IMAGE_START: u64 = LARGE_PAGE;
+/// The virtio-mmio registers of the device, one page.
+pub const VIRTIO_MMIO: u64 = 0xd000_0000;
+/// The port registers, one page.
+pub const PORT: u64 = VIRTIO_MMIO + PAGE;
+/// The usual start of the device-managed region.
+pub const REGION_START: u64 = 4 << 30;
+
+/// Bytes of stack for each vCPU.
+const STACK_LEN: u64 = 256 << 10;
+/// The guest gets at least this much heap.
+const HEAP_MIN: u64 = 4 << 20;
+/// The user half of the address space with four levels of page tables.
+const ADDRESS_END: u64 = 1 << 47;
+/// Bytes one page-table page maps: on level 2 with large pages, and on level 3.
+const LEVEL_2_SPAN: u64 = 1 << 30;
+const LEVEL_3_SPAN: u64 = 1 << 39;
+
+/// The parts of one guest's memory. All ranges are inside boot memory and do not overlap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Bytes of boot memory, which starts at address 0.
+    pub boot_memory_size: u64,
+    /// Address of the boot information.
+    pub boot_info: u64,
+    /// Address of the mailbox.
+    pub mailbox: u64,
+    /// The words of the guest's view of the blocks.
+    pub view: Range<u64>,
+    /// The stacks, one after the other.
+    pub stacks: Range<u64>,
+    /// The guest's heap.
+    pub heap: Range<u64>,
+    /// The page tables.
+    pub page_tables: Range<u64>,
+    /// The device-managed region, widened to large pages.
+    pub region: Range<u64>,
+    /// Number of vCPUs.
+    pub vcpu_count: usize,
+}
+
+/// A guest that cannot be laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum LayoutError {
+    /// Boot memory is mapped in large pages.
+    #[error("boot memory of {0:#x} bytes is not a multiple of 2 MiB")]
+    BootMemoryMisaligned(u64),
+    /// The image, the tables and a minimum of heap do not fit.
+    #[error("boot memory of {size:#x} bytes is too small, the guest needs {needed:#x}")]
+    BootMemoryTooSmall {
+        /// Bytes there are.
+        size: u64,
+        /// Bytes there must be.
+        needed: u64,
+    },
+    /// The registers lie above boot memory.
+    #[error("boot memory of {0:#x} bytes reaches into the registers at {VIRTIO_MMIO:#x}")]
+    BootMemoryTooLarge(u64),
+    /// From 1 to [`MAX_VCPUS`].
+    #[error("{0} vCPUs, must be 1 to {MAX_VCPUS}")]
+    VcpuCount(usize),
+    /// The region lies between the registers and the end of the address space.
+    #[error("the device region at {0:#x} is not between 4 GiB and 128 TiB")]
+    RegionPlace(u64),
+}
+
+impl Layout {
+    /// Lays out a guest whose image ends at `image_end`.
+    ///
+    /// # Errors
+    ///
+    /// See [`LayoutError`].
+    pub fn new(
+        boot_memory_size: u64,
+        image_end: u64,
+        geometry: &Geometry,
+        vcpu_count: usize,
+    ) -> Result<Self, LayoutError> {
+        if !(1..=MAX_VCPUS).contains(&vcpu_count) {
+            return Err(LayoutError::VcpuCount(vcpu_count));
+        }
+        if !boot_memory_size.is_multiple_of(LARGE_PAGE) {
+            return Err(LayoutError::BootMemoryMisaligned(boot_memory_size));
+        }
+        if boot_memory_size > VIRTIO_MMIO {
+            return Err(LayoutError::BootMemoryTooLarge(boot_memory_size));
+        }
+        // Neither overflows: a geometry's region does not wrap, and an end above the limit is refused.
+        let region_end = geometry.addr() + geometry.region_size();
+        if geometry.addr() < REGION_START || region_end > ADDRESS_END {
+            return Err(LayoutError::RegionPlace(geometry.addr()));
+        }
+        let region =
+            geometry.addr() / LARGE_PAGE * LARGE_PAGE..region_end.next_multiple_of(LARGE_PAGE);
+
+        // Every number below is bounded by the checks above, so far below 2^64.
+        let boot_info = image_end.next_multiple_of(PAGE);
+        let mailbox = boot_info + PAGE;
+        let view = mailbox + Mailbox::PAGES_LEN;
+        let view_len = geometry.block_count().div_ceil(64) * 8;
+        let stacks = (view + view_len).next_multiple_of(PAGE);
+        let heap = stacks + STACK_LEN * vcpu_count as u64;
+        let tables_len = table_count(&region) * PAGE;
+        let tables_span = tables_len.next_multiple_of(LARGE_PAGE);
+        let needed = (heap + HEAP_MIN).next_multiple_of(LARGE_PAGE) + tables_span;
+        if boot_memory_size < needed {
+            return Err(LayoutError::BootMemoryTooSmall {
+                size: boot_memory_size,
+                needed,
+            });
+        }
+        let page_tables = boot_memory_size - tables_span;
+        Ok(Self {
+            boot_memory_size,
+            boot_info,
+            mailbox,
+            view: view..view + view_len,
+            stacks: stacks..heap,
+            heap: heap..page_tables,
+            page_tables: page_tables..page_tables + tables_len,
+            region,
+            vcpu_count,
+        })
+    }
+
+    /// Where the stack of `vcpu` begins to grow down.
+    #[must_use]
+    pub fn stack_top(&self, vcpu: usize) -> u64 {
+        self.stacks.start + STACK_LEN * (vcpu as u64 + 1)
+    }
+
+    /// What the guest's page tables map, in large pages.
+    #[must_use]
+    pub fn mapped(&self) -> [Range<u64>; 3] {
+        [
+            IMAGE_START..self.page_tables.start,
+            VIRTIO_MMIO..VIRTIO_MMIO + LARGE_PAGE,
+            self.region.clone(),
+        ]
+    }
+}
+
+/// Page-table pages that map everything below 4 GiB and `region` in large pages.
+fn table_count(region: &Range<u64>) -> u64 {
+    let touched = |span| region.end.div_ceil(span) - region.start / span;
+    let low = REGION_START / LEVEL_2_SPAN;
+    // The root, the level 3 below it, and level 2; at worst low memory and region share no level 3.
+    1 + (1 + touched(LEVEL_3_SPAN)) + (low + touched(LEVEL_2_SPAN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn four_gib() -> Geometry {
+        Geometry::new(REGION_START, 4 << 30, 2 * MIB).unwrap()
+    }
+
+    #[test]
+    fn parts_follow_each_other_and_fill_boot_memory() {
+        let layout = Layout::new(256 * MIB, IMAGE_START + 12345, &four_gib(), 2).unwrap();
+        let ends = [
+            IMAGE_START + 12345..layout.boot_info,
+            layout.boot_info + PAGE..layout.mailbox,
+            layout.mailbox + Mailbox::PAGES_LEN..layout.view.start,
+            layout.view.end..layout.stacks.start,
+            layout.stacks.end..layout.heap.start,
+            layout.heap.end..layout.page_tables.start,
+            layout.page_tables.end..layout.boot_memory_size,
+        ];
+        for gap in ends {
+            assert!(
+                gap.start <= gap.end && gap.end - gap.start < LARGE_PAGE,
+                "{gap:x?}"
+            );
+        }
+        assert_eq!(layout.view.end - layout.view.start, 2048 / 8);
+        assert_eq!(layout.stack_top(1), layout.heap.start);
+    }
+
+    #[test]
+    fn boot_memory_too_small_says_how_much_is_needed() {
+        let Err(LayoutError::BootMemoryTooSmall { needed, .. }) =
+            Layout::new(2 * MIB, IMAGE_START, &four_gib(), 2)
+        else {
+            panic!("accepted");
+        };
+        assert!(Layout::new(needed, IMAGE_START, &four_gib(), 2).is_ok());
+        assert!(Layout::new(needed - LARGE_PAGE, IMAGE_START, &four_gib(), 2).is_err());
+    }
+
+    #[test]
+    fn wrong_sizes_and_places_are_refused() {
+        let layout = |boot, geometry, vcpus| Layout::new(boot, IMAGE_START, geometry, vcpus);
+        let region = four_gib();
+        assert_eq!(
+            layout(257 * MIB, &region, 1),
+            Err(LayoutError::BootMemoryMisaligned(257 * MIB))
+        );
+        assert_eq!(
+            layout(4096 * MIB, &region, 1),
+            Err(LayoutError::BootMemoryTooLarge(4096 * MIB))
+        );
+        assert_eq!(
+            layout(256 * MIB, &region, 0),
+            Err(LayoutError::VcpuCount(0))
+        );
+        assert_eq!(
+            layout(256 * MIB, &region, 17),
+            Err(LayoutError::VcpuCount(17))
+        );
+        let low = Geometry::new(2 << 30, 1 << 30, 2 * MIB).unwrap();
+        assert_eq!(
+            layout(256 * MIB, &low, 1),
+            Err(LayoutError::RegionPlace(2 << 30))
+        );
+        let high = Geometry::new(1 << 47, 1 << 30, 2 * MIB).unwrap();
+        assert_eq!(
+            layout(256 * MIB, &high, 1),
+            Err(LayoutError::RegionPlace(1 << 47))
+        );
+    }
+}

@@ -1,0 +1,73 @@
+//! A minimal VMM that resizes the memory of a real guest.
+//!
+//! [`Machine`] starts a guest with a memory device, on KVM or in this process, and is what the command line
+//! and the tests work with. Everything else is a part of it:
+//!
+//! | to find | look at |
+//! |---|---|
+//! | where things are in guest memory | [`layout`] |
+//! | the state a vCPU starts in | `boot.rs` |
+//! | what a vCPU thread does about each exit | `vcpu.rs` |
+//! | who may run guest code, and how it is stopped | `gate.rs`, `kick.rs` |
+//! | how the address of a forbidden access is found | `vcpu.rs`, [`slots`] |
+//! | the virtio-mmio registers | [`transport`] |
+//! | what host and guest program share | `mailbox.rs`, `port.rs`, [`vmem_guest::abi`] |
+//! | the guest without KVM | `in_process/` |
+//!
+//! # Example
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! use virtio_mem::{Anonymous, VirtioMem};
+//! use vm_memory::GuestAddress;
+//! use vmm_harness::layout::REGION_START;
+//! use vmm_harness::{Machine, MachineConfig};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let backing = Anonymous::base_pages(4 << 30)?;
+//! let device = VirtioMem::builder(GuestAddress(REGION_START), backing).block_size(2 << 20);
+//! let machine = Machine::start(&MachineConfig::default(), device)?;
+//! machine.handle().resize(1 << 30)?;
+//! println!("{:?}", machine.settled(1 << 30, Duration::from_secs(10))?);
+//! println!("{}", machine.stop(Duration::from_secs(1)));
+//! # Ok(())
+//! # }
+//! ```
+
+mod backend;
+mod boot;
+mod bus;
+mod events;
+mod gate;
+mod in_process;
+mod kick;
+pub mod layout;
+mod lifecycle;
+mod machine;
+mod mailbox;
+mod outcome;
+mod port;
+pub mod slots;
+pub mod transport;
+mod vcpu;
+mod vm;
+
+pub use backend::{Backend, KvmError, kvm_module, open_kvm};
+pub use boot::BootError;
+pub use events::{EventLoop, EventLoopError, EventsError, Remote, Subscriber};
+pub use in_process::InProcessError;
+pub use layout::LayoutError;
+pub use machine::{GuestKind, Machine, MachineConfig, ReportError, StartError};
+pub use mailbox::{Report, WorkerReport};
+pub use outcome::{Crash, Outcome, UnpluggedAccess, VcpuError};
+pub use transport::{InterruptCounts, InterruptLine, MmioTransport};
+pub use vcpu::ExitCounts;
+pub use vm::VmError;
+pub use vmem_guest::abi::DriverState;
+
+/// Memory the guest has from the start.
+pub type BootMemory = vm_memory::GuestMemoryMmap<()>;
+
+/// The guest program that `vmem` boots.
+pub const GUEST_IMAGE: &[u8] = include_bytes!(env!("VMEM_GUEST_IMAGE"));

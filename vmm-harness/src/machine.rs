@@ -1,0 +1,520 @@
+//! A guest with a memory device, on KVM or in this process: what `vmem` and its tests work with.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use virtio_mem::{BuildError, Builder, Handle, KvmSlots, VirtioMem};
+use vm_memory::mmap::FromRangesError;
+use vm_memory::{GuestAddress, GuestMemoryError};
+use vmem_guest::abi::{DriverState, command};
+
+use crate::backend::{Backend, KvmError, kvm_module, open_kvm};
+use crate::boot::{self, BootError, GuestParameters};
+use crate::bus::Bus;
+use crate::events::{EventLoop, EventLoopError};
+use crate::in_process::{self, InProcess, InProcessError};
+use crate::layout::{IMAGE_START, Layout, LayoutError};
+use crate::lifecycle::{Lifecycle, NotDone};
+use crate::mailbox::{Report, SharedMailbox};
+use crate::outcome::Outcome;
+use crate::port::Port;
+use crate::slots::RevocableSlots;
+use crate::transport::{InterruptCounts, InterruptLine, MmioTransport};
+use crate::vcpu::ExitCounts;
+use crate::vm::{FIRST_FREE_SLOT, RunningVm, Vm, VmError, VmParts};
+use crate::{BootMemory, GUEST_IMAGE};
+
+/// Where the guest runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GuestKind {
+    /// On KVM if it can be used, else in this process.
+    #[default]
+    Auto,
+    /// On KVM or not at all.
+    Kvm,
+    /// In this process.
+    InProcess,
+}
+
+/// A guest to start.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// Bytes of memory the guest has from the start, a multiple of 2 MiB.
+    pub boot_memory: u64,
+    /// Number of vCPUs, 1 to [`MAX_VCPUS`](vmem_guest::abi::MAX_VCPUS).
+    pub vcpu_count: usize,
+    /// Where it runs.
+    pub guest: GuestKind,
+    /// Seed of everything the guest chooses at random.
+    pub seed: u64,
+    /// Most pages one worker of the guest keeps allocated.
+    pub worker_pages: u64,
+    /// The program, a static ELF file linked to [`IMAGE_START`]. Used on KVM only: in this process the guest
+    /// program is part of it.
+    pub image: &'static [u8],
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            boot_memory: 256 << 20,
+            vcpu_count: 2,
+            guest: GuestKind::Auto,
+            seed: 0,
+            worker_pages: 1024,
+            image: GUEST_IMAGE,
+        }
+    }
+}
+
+/// A machine could not be started.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// KVM was asked for and cannot be used.
+    #[error("KVM cannot be used")]
+    Kvm(#[from] KvmError),
+    /// The sizes do not fit.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The options of the device do not go together.
+    #[error("memory device")]
+    Device(#[from] BuildError),
+    /// The host has no such memory.
+    #[error("{0} bytes of boot memory")]
+    Memory(u64, #[source] FromRangesError),
+    /// Boot memory is not where it should be.
+    #[error("boot memory")]
+    MemoryAccess(#[from] GuestMemoryError),
+    /// Boot memory could not be filled.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The event loop does not run.
+    #[error(transparent)]
+    Events(#[from] EventLoopError),
+    /// No eventfd for the queue.
+    #[error("eventfd of the queue")]
+    Notify(#[source] std::io::Error),
+    /// The virtual machine.
+    #[error("virtual machine")]
+    Vm(#[from] VmError),
+    /// The guest in this process.
+    #[error("guest in this process")]
+    InProcess(#[from] InProcessError),
+}
+
+/// The guest has not reported.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ReportError {
+    /// It does not run any more.
+    #[error("no report: {0}")]
+    Ended(Outcome),
+    /// Its driver cannot go on, and has nothing more to report.
+    #[error("the guest's driver failed: {0}")]
+    DriverFailed(String),
+    /// Not within the time given.
+    #[error("the guest has not reported, or not settled, within {0:?}")]
+    Late(Duration),
+}
+
+impl ReportError {
+    fn new(reason: NotDone, timeout: Duration) -> Self {
+        match reason {
+            NotDone::Ended(outcome) => Self::Ended(outcome),
+            NotDone::Late => Self::Late(timeout),
+        }
+    }
+}
+
+/// A running guest and its memory device.
+///
+/// [`stop`](Self::stop) ends it and says how it went; dropping it ends it too. Either way every thread is
+/// joined.
+#[derive(Debug)]
+pub struct Machine {
+    // Dropped in this order: the vCPUs, the loop that serves their device, the device.
+    guest: RunningGuest,
+    events: EventLoop,
+    transport: Arc<MmioTransport>,
+    backend: Backend,
+    port: Arc<Port>,
+    mailbox: SharedMailbox,
+    lifecycle: Arc<Lifecycle>,
+    reports: AtomicU64,
+    vcpu_count: usize,
+}
+
+#[derive(Debug)]
+enum RunningGuest {
+    Kvm(RunningVm),
+    InProcess(InProcess),
+}
+
+impl Machine {
+    /// Starts a guest with a device made from `device`, whose slots are the machine's business.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`]; nothing is left running then.
+    pub fn start(config: &MachineConfig, device: Builder) -> Result<Self, StartError> {
+        let (backend, kvm) = match config.guest {
+            GuestKind::InProcess => (Backend::InProcess { reason: None }, None),
+            kind => match open_kvm() {
+                Ok(kvm) => (
+                    Backend::Kvm {
+                        module: kvm_module(),
+                    },
+                    Some(kvm),
+                ),
+                Err(reason) if kind == GuestKind::Auto => {
+                    let reason = Some(reason);
+                    (Backend::InProcess { reason }, None)
+                }
+                Err(reason) => return Err(reason.into()),
+            },
+        };
+        let memory = boot_memory(config.boot_memory)?;
+        match kvm {
+            Some(kvm) => {
+                let loaded = boot::load_image(&memory, config.image)?;
+                let vm = Vm::new(kvm, Arc::clone(&memory))?;
+                let slots =
+                    RevocableSlots::new(KvmSlots::new(Arc::clone(vm.fd()), FIRST_FREE_SLOT));
+                let device = device.slots(slots.clone()).build()?;
+                let parts = Parts::new(config, memory, device, loaded.end)?;
+                boot::build_page_tables(&parts.memory, &parts.layout)?;
+                boot::write_boot_info(&parts.memory, &parts.layout, parts.parameters)?;
+                let vm_parts = VmParts {
+                    bus: Arc::clone(&parts.bus),
+                    lifecycle: Arc::clone(&parts.lifecycle),
+                    mailbox: parts.mailbox.clone(),
+                    revoke_slots: Arc::new(move || slots.revoke()),
+                };
+                let running = vm.start(&vm_parts, &parts.layout, loaded.entry)?;
+                Ok(parts.into_machine(backend, RunningGuest::Kvm(running)))
+            }
+            None => {
+                let parts = Parts::new(config, memory, device.build()?, IMAGE_START)?;
+                let info = boot::write_boot_info(&parts.memory, &parts.layout, parts.parameters)?;
+                let guest = in_process::Parts {
+                    info,
+                    mailbox: parts.mailbox.clone(),
+                    bus: Arc::clone(&parts.bus),
+                    lifecycle: Arc::clone(&parts.lifecycle),
+                };
+                let running = InProcess::start(guest, &parts.memory, &parts.layout)?;
+                Ok(parts.into_machine(backend, RunningGuest::InProcess(running)))
+            }
+        }
+    }
+
+    /// What the guest runs on.
+    #[must_use]
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// The memory device.
+    #[must_use]
+    pub fn device(&self) -> &VirtioMem {
+        self.transport.device()
+    }
+
+    /// The operator's end of the memory device.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        self.device().handle()
+    }
+
+    /// What the guest last wrote about itself, without asking it to: its last report, with what the workers
+    /// have done since. While it writes one the parts may be from two.
+    #[must_use]
+    pub fn progress(&self) -> Report {
+        let block_count = self.device().geometry().block_count();
+        self.mailbox.report(self.vcpu_count, block_count)
+    }
+
+    /// Asks the guest for a report and waits for it. Everything in it is from one moment, and that is after
+    /// every interrupt raised before this is called.
+    ///
+    /// # Errors
+    ///
+    /// [`ReportError`] if the guest has ended or does not answer in time.
+    pub fn report(&self, timeout: Duration) -> Result<Report, ReportError> {
+        self.report_until(deadline(timeout))
+            .map_err(|reason| ReportError::new(reason, timeout))
+    }
+
+    /// Waits until the driver has settled on a target of `requested_size` bytes, and reports then.
+    ///
+    /// The device knows sooner that blocks are plugged than the guest that asked for it: what the two believe
+    /// can only be compared once the guest has come to rest.
+    ///
+    /// # Errors
+    ///
+    /// [`ReportError`] if the guest has ended or has not settled in time.
+    pub fn settled(&self, requested_size: u64, timeout: Duration) -> Result<Report, ReportError> {
+        let deadline = deadline(timeout);
+        loop {
+            let report = self
+                .report_until(deadline)
+                .map_err(|reason| ReportError::new(reason, timeout))?;
+            match report.driver_state {
+                Some(DriverState::Failed) => {
+                    return Err(ReportError::DriverFailed(
+                        report.message.unwrap_or_default(),
+                    ));
+                }
+                Some(DriverState::Settled) if report.requested_size == requested_size => {
+                    return Ok(report);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn report_until(&self, deadline: Instant) -> Result<Report, NotDone> {
+        // Counted here: what the guest makes of the number in the mailbox is its own business.
+        let request = self.reports.fetch_add(1, Ordering::Relaxed) + 1;
+        self.mailbox
+            .report_request
+            .store(request, Ordering::Release);
+        self.port.wake();
+        let done = || self.mailbox.report_done.load(Ordering::Acquire) == request;
+        self.lifecycle.wait_for(deadline, done)?;
+        Ok(self.progress())
+    }
+
+    /// Interrupts raised so far.
+    #[must_use]
+    pub fn interrupts(&self) -> InterruptCounts {
+        self.transport.interrupt().counts()
+    }
+
+    /// Exits to the VMM so far; `None` without KVM.
+    #[must_use]
+    pub fn exits(&self) -> Option<ExitCounts> {
+        match &self.guest {
+            RunningGuest::Kvm(vm) => Some(vm.exits()),
+            RunningGuest::InProcess(_) => None,
+        }
+    }
+
+    /// Tells the guest to touch guest-physical `address`, whether that is plugged or not.
+    pub fn rogue(&self, address: u64) {
+        self.mailbox.rogue_address.store(address, Ordering::Release);
+        self.command(command::ROGUE);
+    }
+
+    /// How the guest has ended; `None` while it runs.
+    #[must_use]
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.lifecycle.outcome()
+    }
+
+    /// Waits for the guest's end; `None` if it still runs after `timeout`.
+    #[must_use]
+    pub fn wait(&self, timeout: Duration) -> Option<Outcome> {
+        self.lifecycle.wait(deadline(timeout))
+    }
+
+    /// Asks the guest to come to its end, ends it after `grace` if it has not, joins every thread and says how
+    /// it went. The device stays usable as long as somebody has a [`Handle`] of it.
+    ///
+    /// A guest in this process cannot be ended against its will: it is waited for.
+    #[must_use]
+    pub fn stop(mut self, grace: Duration) -> Outcome {
+        self.command(command::STOP);
+        if self.lifecycle.wait(deadline(grace)).is_none() {
+            self.lifecycle.finish(Outcome::Stopped);
+        }
+        match &mut self.guest {
+            RunningGuest::Kvm(vm) => {
+                vm.halt();
+                vm.join();
+            }
+            RunningGuest::InProcess(guest) => guest.join(),
+        }
+        self.events.stop();
+        // Always there: either the guest has ended or it was `Stopped` above.
+        self.lifecycle.outcome().unwrap_or(Outcome::Stopped)
+    }
+
+    fn command(&self, bit: u32) {
+        self.mailbox.command.fetch_or(bit, Ordering::AcqRel);
+        self.port.wake();
+    }
+}
+
+/// `timeout` from now; a time beyond the clock's end becomes one that nobody lives to see.
+fn deadline(timeout: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(timeout)
+        .unwrap_or_else(|| now + Duration::from_secs(u64::from(u32::MAX)))
+}
+
+fn boot_memory(bytes: u64) -> Result<Arc<BootMemory>, StartError> {
+    // A size that is no usize is refused as any other that cannot be had.
+    let len = usize::try_from(bytes).unwrap_or(usize::MAX);
+    let memory = BootMemory::from_ranges(&[(GuestAddress(0), len)]);
+    Ok(Arc::new(
+        memory.map_err(|error| StartError::Memory(bytes, error))?,
+    ))
+}
+
+/// Everything but what runs the guest.
+struct Parts {
+    memory: Arc<BootMemory>,
+    layout: Layout,
+    parameters: GuestParameters,
+    mailbox: SharedMailbox,
+    bus: Arc<Bus>,
+    lifecycle: Arc<Lifecycle>,
+    events: EventLoop,
+}
+
+impl Parts {
+    fn new(
+        config: &MachineConfig,
+        memory: Arc<BootMemory>,
+        device: VirtioMem,
+        image_end: u64,
+    ) -> Result<Self, StartError> {
+        let geometry = device.geometry();
+        let layout = Layout::new(config.boot_memory, image_end, &geometry, config.vcpu_count)?;
+        let mailbox = SharedMailbox::new(&memory, &layout)?;
+        let port = Arc::new(Port::new(mailbox.clone()));
+        let interrupt = InterruptLine::new({
+            let port = Arc::clone(&port);
+            move || port.interrupt()
+        });
+        let events = EventLoop::start()?;
+        let remote = events.remote().clone();
+        let transport = MmioTransport::new(device, Arc::clone(&memory), remote, interrupt)
+            .map_err(StartError::Notify)?;
+        let bus = Bus {
+            transport: Arc::new(transport),
+            port,
+            region: geometry.addr()..geometry.addr() + geometry.region_size(),
+        };
+        Ok(Self {
+            memory,
+            layout,
+            parameters: GuestParameters {
+                seed: config.seed,
+                worker_pages: config.worker_pages,
+            },
+            mailbox,
+            bus: Arc::new(bus),
+            lifecycle: Arc::new(Lifecycle::new(config.vcpu_count)),
+            events,
+        })
+    }
+
+    fn into_machine(self, backend: Backend, guest: RunningGuest) -> Machine {
+        Machine {
+            guest,
+            events: self.events,
+            transport: Arc::clone(&self.bus.transport),
+            backend,
+            port: Arc::clone(&self.bus.port),
+            mailbox: self.mailbox,
+            lifecycle: self.lifecycle,
+            reports: AtomicU64::new(0),
+            vcpu_count: self.layout.vcpu_count,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use virtio_mem::{Anonymous, Slot, SlotMapper};
+
+    use super::*;
+    use crate::layout::REGION_START;
+    use crate::outcome::UnpluggedAccess;
+
+    /// `resources/guest-image/src/bin/probe.rs`
+    static PROBE: &[u8] = include_bytes!(env!("VMEM_PROBE_IMAGE"));
+    const READ: u64 = 2;
+    const WRITE: u64 = 3;
+    const OTHERS_SPIN: u64 = 0x100;
+
+    /// Generous: nothing here depends on how fast the machine is.
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// A guest that touches `address`, with slots over a region in which every block is closed.
+    fn start_touching(behaviour: u64, address: u64) -> Option<Machine> {
+        let kvm = match open_kvm() {
+            Ok(kvm) => kvm,
+            Err(reason) => {
+                assert!(std::env::var_os("VMEM_REQUIRE_KVM").is_none(), "{reason}");
+                // Past the harness, which hides what passing tests print.
+                let mut stderr = std::io::stderr().lock();
+                writeln!(stderr, "SKIPPED closed block inside a slot: {reason}").unwrap();
+                return None;
+            }
+        };
+        let config = MachineConfig {
+            boot_memory: 32 << 20,
+            seed: behaviour | OTHERS_SPIN,
+            worker_pages: address,
+            ..MachineConfig::default()
+        };
+        let memory = boot_memory(config.boot_memory).unwrap();
+        let loaded = boot::load_image(&memory, PROBE).unwrap();
+        let vm = Vm::new(kvm, Arc::clone(&memory)).unwrap();
+        let backing = Anonymous::base_pages(64 << 20).unwrap();
+        let device = VirtioMem::builder(GuestAddress(REGION_START), backing)
+            .build()
+            .unwrap();
+        let slots = RevocableSlots::new(KvmSlots::new(Arc::clone(vm.fd()), FIRST_FREE_SLOT));
+        for index in 0..2u32 {
+            let offset = u64::from(index) * (32 << 20);
+            let slot = Slot {
+                index,
+                guest_address: REGION_START + offset,
+                host_address: device.backing().host_address().as_ptr() as u64 + offset,
+                len: 32 << 20,
+            };
+            slots.map(&slot).unwrap();
+        }
+        let parts = Parts::new(&config, memory, device, loaded.end).unwrap();
+        boot::build_page_tables(&parts.memory, &parts.layout).unwrap();
+        boot::write_boot_info(&parts.memory, &parts.layout, parts.parameters).unwrap();
+        let vm_parts = VmParts {
+            bus: Arc::clone(&parts.bus),
+            lifecycle: Arc::clone(&parts.lifecycle),
+            mailbox: parts.mailbox.clone(),
+            revoke_slots: Arc::new(move || slots.revoke()),
+        };
+        let running = vm.start(&vm_parts, &parts.layout, loaded.entry).unwrap();
+        let backend = Backend::Kvm { module: None };
+        Some(parts.into_machine(backend, RunningGuest::Kvm(running)))
+    }
+
+    #[test]
+    fn touching_a_closed_block_inside_a_slot_reports_address_and_vcpu() {
+        for (behaviour, write) in [(READ, false), (WRITE, true)] {
+            let address = REGION_START + (33 << 20) + 0x128;
+            let Some(machine) = start_touching(behaviour, address) else {
+                return;
+            };
+            let access = UnpluggedAccess {
+                vcpu: 1,
+                address,
+                write,
+                len: 8,
+            };
+            assert_eq!(machine.wait(LONG), Some(Outcome::UnpluggedAccess(access)));
+            // Once for the address nobody knew, and as an MMIO exit that has it.
+            assert_eq!(machine.exits().unwrap().faults, 1);
+            assert_eq!(machine.handle().resident_bytes().unwrap(), 0);
+            assert_eq!(machine.stop(LONG), Outcome::UnpluggedAccess(access));
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! The host's end of the mailbox, and the guest's view of the blocks.
+//!
+//! Everything here is written by a guest at any time. It is read through atomics, once, and checked.
+#![expect(
+    unsafe_code,
+    reason = "the mailbox lies in memory the guest writes at the same time"
+)]
+
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use virtio_mem_wire::{BlockMap, BlockRange};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory};
+use vmem_guest::abi::{DriverState, Mailbox};
+
+use crate::BootMemory;
+use crate::layout::Layout;
+
+/// Mailbox and view words of one guest. Keeps the memory they lie in.
+#[derive(Clone, Debug)]
+pub(crate) struct SharedMailbox {
+    mailbox: NonNull<Mailbox>,
+    view: NonNull<[AtomicU64]>,
+    _memory: Arc<BootMemory>,
+}
+
+// SAFETY: both pointers are to atomics in memory that lives as long as this; sharing them between threads is
+// what atomics are for.
+unsafe impl Send for SharedMailbox {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMailbox {}
+
+impl SharedMailbox {
+    /// The mailbox and the view where `layout` puts them in `memory`.
+    pub(crate) fn new(memory: &Arc<BootMemory>, layout: &Layout) -> Result<Self, GuestMemoryError> {
+        let mailbox = host_pointer(memory, layout.mailbox, Mailbox::PAGES_LEN)?;
+        let view_len = layout.view.end - layout.view.start;
+        let view = host_pointer(memory, layout.view.start, view_len)?;
+        let words =
+            usize::try_from(view_len / 8).map_err(|_| GuestMemoryError::GuestAddressOverflow)?;
+        Ok(Self {
+            mailbox: mailbox.cast(),
+            view: NonNull::slice_from_raw_parts(view.cast(), words),
+            _memory: Arc::clone(memory),
+        })
+    }
+
+    /// The words of the guest's view.
+    pub(crate) fn view(&self) -> &[AtomicU64] {
+        // SAFETY: as many words of boot memory as the layout sets aside for this, aligned to a page; all
+        // accesses to them, the guest's too, are atomic ones or the guest's own risk.
+        unsafe { self.view.as_ref() }
+    }
+}
+
+impl Deref for SharedMailbox {
+    type Target = Mailbox;
+
+    fn deref(&self) -> &Mailbox {
+        // SAFETY: as in `view`; a mailbox is made of atomics and any bits are valid in it.
+        unsafe { self.mailbox.as_ref() }
+    }
+}
+
+/// Where the VMM sees `len` bytes at `address`, all of them.
+fn host_pointer(
+    memory: &BootMemory,
+    address: u64,
+    len: u64,
+) -> Result<NonNull<u8>, GuestMemoryError> {
+    let at = GuestAddress(address);
+    let overflow = || GuestMemoryError::GuestAddressOverflow;
+    let slice = memory.get_slice(at, usize::try_from(len).map_err(|_| overflow())?)?;
+    at.checked_add(len).ok_or_else(overflow)?;
+    NonNull::new(slice.as_volatile_slice().ptr_guard_mut().as_ptr())
+        .ok_or(GuestMemoryError::HostAddressNotAvailable)
+}
+
+/// What the guest says about itself, at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// What the driver makes of the target; `None` if the guest wrote a state that does not exist.
+    pub driver_state: Option<DriverState>,
+    /// The target as the driver last read it, in bytes.
+    pub requested_size: u64,
+    /// Bytes the driver believes plugged.
+    pub plugged_size: u64,
+    /// Bytes of hotplugged memory the guest's page allocator works with.
+    pub online_size: u64,
+    /// Pages moved out of memory that was being unplugged.
+    pub pages_moved: u64,
+    /// Interrupts the guest has taken.
+    pub interrupts: u64,
+    /// Requests the driver has sent.
+    pub requests: u64,
+    /// What each worker has done, the vCPU index being the index.
+    pub workers: Vec<WorkerReport>,
+    /// The blocks the driver believes plugged. Bits beyond the region are left out.
+    pub view: BlockMap,
+    /// Why the driver failed, if it did.
+    pub message: Option<String>,
+}
+
+/// What one worker has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkerReport {
+    /// Pages allocated and filled with their tag.
+    pub pages_written: u64,
+    /// Pages read back in full and found right.
+    pub pages_verified: u64,
+    /// Pages read back and found wrong.
+    pub pages_wrong: u64,
+    /// Pages held now.
+    pub pages_held: u64,
+    /// Slices of work done.
+    pub slices: u64,
+}
+
+impl SharedMailbox {
+    /// Copies everything, for a guest with `vcpu_count` vCPUs and a region of `block_count` blocks.
+    pub(crate) fn report(&self, vcpu_count: usize, block_count: u64) -> Report {
+        let load = |field: &AtomicU64| field.load(Ordering::Relaxed);
+        Report {
+            driver_state: DriverState::from_value(self.driver_state.load(Ordering::Relaxed)),
+            requested_size: load(&self.requested_size),
+            plugged_size: load(&self.plugged_size),
+            online_size: load(&self.online_size),
+            pages_moved: load(&self.pages_moved),
+            interrupts: load(&self.interrupts),
+            requests: load(&self.requests),
+            workers: self
+                .workers
+                .iter()
+                .take(vcpu_count)
+                .map(|worker| WorkerReport {
+                    pages_written: load(&worker.pages_written),
+                    pages_verified: load(&worker.pages_verified),
+                    pages_wrong: load(&worker.pages_wrong),
+                    pages_held: load(&worker.pages_held),
+                    slices: load(&worker.slices),
+                })
+                .collect(),
+            view: block_map(self.view().iter().map(load), block_count),
+            message: self.message(),
+        }
+    }
+
+    /// The guest's message, if there is one, fit to be printed: what is not UTF-8 or would control a terminal
+    /// is replaced.
+    pub(crate) fn message(&self) -> Option<String> {
+        let len = self.message_len.load(Ordering::Acquire) as usize;
+        let bytes: Vec<u8> = self
+            .message
+            .iter()
+            .take(len)
+            .map(|byte| byte.load(Ordering::Relaxed))
+            .collect();
+        let printable = |c: char| {
+            if c.is_control() {
+                char::REPLACEMENT_CHARACTER
+            } else {
+                c
+            }
+        };
+        let text = String::from_utf8_lossy(&bytes);
+        (!bytes.is_empty()).then(|| text.chars().map(printable).collect())
+    }
+}
+
+/// The set whose bits are `words`, lowest bit first.
+fn block_map(words: impl Iterator<Item = u64>, block_count: u64) -> BlockMap {
+    let mut map = BlockMap::new(block_count);
+    for (word, first) in words.zip((0..).step_by(64)) {
+        let mut rest = word;
+        while rest != 0 {
+            let skip = rest.trailing_zeros();
+            let count = (rest >> skip).trailing_ones();
+            let first = first + u64::from(skip);
+            map.insert(BlockRange {
+                first,
+                count: u64::from(count),
+            });
+            rest &= u64::MAX.checked_shl(skip + count).unwrap_or(0);
+        }
+    }
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_mem_wire::Geometry;
+
+    use super::*;
+    use crate::layout::{IMAGE_START, REGION_START};
+
+    #[test]
+    fn view_words_become_the_same_set() {
+        let words = [0, 1, 1 << 63, u64::MAX, 0xf0f0_0000_0000_0f0f, 0b1011];
+        let map = block_map(words.into_iter(), 6 * 64 - 62);
+        for block in 0..6 * 64 {
+            let bit = words[block / 64] >> (block % 64) & 1 != 0 && block < 6 * 64 - 62;
+            assert_eq!(map.contains(block as u64), bit, "{block}");
+        }
+    }
+
+    #[test]
+    fn what_a_hostile_guest_writes_is_cut_to_size() {
+        let geometry = Geometry::new(REGION_START, 100 << 21, 2 << 20).unwrap();
+        let layout = Layout::new(64 << 20, IMAGE_START, &geometry, 2).unwrap();
+        let memory = Arc::new(BootMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap());
+        let mailbox = SharedMailbox::new(&memory, &layout).unwrap();
+        assert_eq!(mailbox.message(), None);
+
+        mailbox.message_len.store(u32::MAX, Ordering::Relaxed);
+        for (cell, byte) in mailbox.message.iter().zip(*b"\xff\x1b[2J") {
+            cell.store(byte, Ordering::Relaxed);
+        }
+        mailbox.driver_state.store(77, Ordering::Relaxed);
+        mailbox.view()[1].store(u64::MAX, Ordering::Relaxed);
+        let report = mailbox.report(2, 100);
+        assert_eq!(report.driver_state, None);
+        assert_eq!(report.view.count(), 36);
+        assert_eq!(report.workers.len(), 2);
+        assert!(report.message.unwrap().starts_with("\u{fffd}\u{fffd}[2J"));
+    }
+}

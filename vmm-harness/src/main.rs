@@ -1,0 +1,3 @@
+//! Placeholder for the command line.
+
+fn main() {}
