@@ -13,6 +13,7 @@
 //! | the virtio-mmio registers | [`transport`] |
 //! | what host and guest program share | `mailbox.rs`, `port.rs`, [`vmem_guest::abi`] |
 //! | the guest without KVM | `in_process/` |
+//! | what `vmem demo` does and checks | [`demo`] |
 //!
 //! # Example
 //!
@@ -38,6 +39,7 @@
 mod backend;
 mod boot;
 mod bus;
+pub mod demo;
 mod events;
 mod gate;
 mod in_process;

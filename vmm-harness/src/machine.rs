@@ -83,7 +83,7 @@ pub enum StartError {
     #[error("memory device")]
     Device(#[from] BuildError),
     /// The host has no such memory.
-    #[error("{0} bytes of boot memory")]
+    #[error("the host has no {0} bytes for boot memory")]
     Memory(u64, #[source] FromRangesError),
     /// Boot memory is not where it should be.
     #[error("boot memory")]

@@ -158,10 +158,11 @@ impl SharedMailbox {
             .map(|byte| byte.load(Ordering::Relaxed))
             .collect();
         let printable = |c: char| {
-            if c.is_control() {
-                char::REPLACEMENT_CHARACTER
-            } else {
-                c
+            // Nothing a guest says may move the cursor of whoever reads it.
+            match c {
+                '\n' | '\t' => ' ',
+                c if c.is_control() => char::REPLACEMENT_CHARACTER,
+                c => c,
             }
         };
         let text = String::from_utf8_lossy(&bytes);

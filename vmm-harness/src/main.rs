@@ -1,3 +1,147 @@
-//! Placeholder for the command line.
+//! `vmem`: resize the memory of a running guest, and see that it works.
 
-fn main() {}
+use std::io;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use vmm_harness::GuestKind;
+use vmm_harness::demo::{self, BackingKind, DemoOptions};
+
+/// Resizes the memory of a running guest through a virtio memory device.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    demo: DemoArgs,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Grows and shrinks a working guest step by step and checks each step. The default.
+    #[command(after_help = EXIT_CODES)]
+    Demo(DemoArgs),
+}
+
+const EXIT_CODES: &str = "\
+Sizes are bytes, or have a binary unit: 6M, 130MiB, 4G.
+RUST_LOG=debug shows what device and harness say on the way.
+
+Exit codes:
+  0  everything asked for was done and every check held
+  1  a check failed, or something could not be done; the error names it
+  2  the options are wrong
+  3  the rogue guest was caught, as asked for with --rogue";
+
+#[derive(Args)]
+struct DemoArgs {
+    /// Memory the guest has from the start
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    boot_memory: u64,
+    /// Size of the device-managed region
+    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
+    region: u64,
+    /// Size of a device block, a power of two
+    #[arg(long, value_name = "SIZE", default_value = "2M", value_parser = parse_size)]
+    block_size: u64,
+    /// Host memory behind the region
+    #[arg(long, value_enum, default_value_t = Backing::Anon)]
+    backing: Backing,
+    /// Sizes to ask for, one after another
+    #[arg(
+        long,
+        value_name = "SIZE,…",
+        default_value = "1G,130M,2G,6M,0",
+        value_delimiter = ',',
+        value_parser = parse_size
+    )]
+    targets: Vec<u64>,
+    /// Number of vCPUs, all of which work in the memory
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    vcpus: usize,
+    /// Where the guest runs
+    #[arg(long, value_enum, default_value_t = Guest::Auto)]
+    guest: Guest,
+    /// Seed of everything the guest chooses at random
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Let the guest touch an unplugged block at last
+    #[arg(long)]
+    rogue: bool,
+    /// Print one JSON document instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Guest {
+    /// On KVM if it can be used, else in this process
+    Auto,
+    /// On KVM or not at all
+    Kvm,
+    /// In this process
+    InProcess,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Backing {
+    /// Private anonymous memory, base pages
+    Anon,
+    /// Private anonymous memory, transparent huge pages
+    Thp,
+}
+
+fn parse_size(text: &str) -> Result<u64, parse_size::Error> {
+    parse_size::Config::new().with_binary().parse_size(text)
+}
+
+fn main() -> ExitCode {
+    env_logger::init();
+    let cli = Cli::parse();
+    let args = match cli.command {
+        Some(Command::Demo(args)) => args,
+        None => cli.demo,
+    };
+    match run_demo(&args) {
+        Ok(code) => code,
+        Err(error) => {
+            let usage = error
+                .downcast_ref::<demo::DemoError>()
+                .is_some_and(demo::DemoError::is_usage);
+            eprintln!("vmem: {error:#}");
+            ExitCode::from(if usage { 2 } else { 1 })
+        }
+    }
+}
+
+fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
+    let options = DemoOptions {
+        boot_memory: args.boot_memory,
+        region: args.region,
+        block_size: args.block_size,
+        backing: match args.backing {
+            Backing::Anon => BackingKind::Anon,
+            Backing::Thp => BackingKind::Thp,
+        },
+        targets: args.targets.clone(),
+        vcpu_count: args.vcpus,
+        guest: match args.guest {
+            Guest::Auto => GuestKind::Auto,
+            Guest::Kvm => GuestKind::Kvm,
+            Guest::InProcess => GuestKind::InProcess,
+        },
+        seed: args.seed,
+        rogue: args.rogue,
+    };
+    let summary = match args.json {
+        true => {
+            let summary = demo::run(&options, &mut io::sink())?;
+            serde_json::to_writer_pretty(io::stdout().lock(), &summary)?;
+            println!();
+            summary
+        }
+        false => demo::run(&options, &mut io::stdout())?,
+    };
+    Ok(ExitCode::from(if summary.rogue.is_some() { 3 } else { 0 }))
+}

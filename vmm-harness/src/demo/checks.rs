@@ -1,0 +1,132 @@
+//! What must hold at every step. Each check has a name, and a failed one is an error that says it.
+
+use std::io;
+
+use thiserror::Error;
+use virtio_mem::Handle;
+use virtio_mem_wire::BlockRange;
+
+use super::{DemoError, Rogue};
+use crate::Report;
+
+/// A check that failed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("check `{name}` failed: {found}")]
+pub struct CheckFailed {
+    /// Name of the check.
+    pub name: &'static str,
+    /// What was found instead.
+    pub found: String,
+}
+
+fn check(
+    name: &'static str,
+    holds: bool,
+    found: impl FnOnce() -> String,
+) -> Result<(), CheckFailed> {
+    match holds {
+        true => Ok(()),
+        false => Err(CheckFailed {
+            name,
+            found: found(),
+        }),
+    }
+}
+
+/// Everything that must hold once the guest has settled on `target`; the resident bytes measured on the way.
+pub(super) fn step(
+    handle: &Handle,
+    target: u64,
+    plugged_before: u64,
+    report: &Report,
+) -> Result<u64, DemoError> {
+    let status = handle.status();
+    let plugged = status.plugged_size;
+    check("plugged-equals-target", plugged == target, || {
+        format!("{plugged} bytes are plugged, {target} were asked for")
+    })?;
+    let bitmap = handle.plugged();
+    check("guest-view-equals-bitmap", report.view == bitmap, || {
+        format!(
+            "the guest believes {} blocks in {} runs plugged, the device has {} in {}",
+            report.view.count(),
+            report.view.run_count(),
+            bitmap.count(),
+            bitmap.run_count()
+        )
+    })?;
+    check(
+        "online-equals-plugged",
+        report.online_size == plugged,
+        || {
+            format!(
+                "the guest works with {} bytes of {plugged}",
+                report.online_size
+            )
+        },
+    )?;
+    no_page_lost(report)?;
+    let resident = handle.resident_bytes()?;
+    check("resident-within-plugged", resident <= plugged, || {
+        format!("{resident} bytes are resident, {plugged} are plugged")
+    })?;
+    if target < plugged_before {
+        let left = unplugged_resident(handle)?;
+        check("memory-is-back-with-the-host", left == 0, || {
+            format!("{left} bytes are resident behind unplugged blocks")
+        })?;
+    }
+    let counters = handle.counters();
+    let broken = counters.unusable_chains + counters.unknown_requests + counters.queue_errors;
+    check("driver-speaks-the-protocol", broken == 0, || {
+        format!("{counters:?}")
+    })?;
+    check("host-refused-nothing", counters.host_failures == 0, || {
+        format!("{counters:?}")
+    })?;
+    Ok(resident)
+}
+
+fn no_page_lost(report: &Report) -> Result<(), CheckFailed> {
+    let wrong: u64 = report.workers.iter().map(|worker| worker.pages_wrong).sum();
+    check("no-page-lost-or-wrong", wrong == 0, || {
+        format!("{wrong} tagged pages were read back wrong")
+    })
+}
+
+/// What must hold once the guest has exited.
+pub(super) fn end(handle: &Handle) -> Result<(), DemoError> {
+    let (resident, plugged) = (handle.resident_bytes()?, handle.status().plugged_size);
+    check("resident-within-plugged", resident <= plugged, || {
+        format!("{resident} bytes are resident, {plugged} are plugged")
+    })?;
+    Ok(())
+}
+
+/// What must hold after the guest reached for `address`.
+pub(super) fn rogue(handle: &Handle, address: u64, rogue: &Rogue) -> Result<(), DemoError> {
+    check("rogue-access-is-found", rogue.address == address, || {
+        format!("told to touch {address:#x}, found at {:#x}", rogue.address)
+    })?;
+    let (before, after) = rogue.unplugged_resident;
+    check(
+        "rogue-access-gains-nothing",
+        (before, after) == (0, 0),
+        || format!("{before} bytes resident behind unplugged blocks before, {after} after"),
+    )?;
+    end(handle)
+}
+
+/// Bytes of host memory behind blocks that are not plugged, as the host's kernel counts them.
+pub(super) fn unplugged_resident(handle: &Handle) -> io::Result<u64> {
+    let all = BlockRange {
+        first: 0,
+        count: handle.geometry().block_count(),
+    };
+    let plugged = handle.plugged();
+    let mut resident = 0;
+    for run in plugged.runs_in(all, false) {
+        resident += handle.resident_bytes_in(run)?;
+    }
+    Ok(resident)
+}

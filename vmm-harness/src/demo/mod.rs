@@ -1,0 +1,419 @@
+//! The main job: a guest that works in its memory while it is grown and shrunk, checked at every step.
+
+mod checks;
+mod table;
+
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use thiserror::Error;
+use virtio_mem::{Anonymous, Counters, Handle, VirtioMem};
+use virtio_mem_wire::{Answer, Geometry, RequestKind};
+use vm_memory::GuestAddress;
+
+pub use checks::CheckFailed;
+
+use crate::layout::{LARGE_PAGE, REGION_START};
+use crate::{
+    GUEST_IMAGE, GuestKind, InterruptCounts, Machine, MachineConfig, Outcome, Report, ReportError,
+    StartError, UnpluggedAccess,
+};
+
+/// How long a step may take before it counts as stuck. Not a measure of anything: a step takes well under a
+/// second on an idle machine.
+const STEP_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Pages the workers verify at each size before the next step, if the size leaves them any.
+const PAGES_VERIFIED_PER_STEP: u64 = 200_000;
+
+/// Most pages a worker holds: 256 MiB.
+const WORKER_PAGES: u64 = 65_536;
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct DemoOptions {
+    /// Bytes of memory the guest has from the start.
+    pub boot_memory: u64,
+    /// Bytes of the device-managed region.
+    pub region: u64,
+    /// Bytes per device block.
+    pub block_size: u64,
+    /// Host memory behind the region.
+    pub backing: BackingKind,
+    /// Sizes to ask for, in bytes, one after another.
+    pub targets: Vec<u64>,
+    /// Number of vCPUs.
+    pub vcpu_count: usize,
+    /// Where the guest runs.
+    pub guest: GuestKind,
+    /// Seed of everything the guest chooses at random.
+    pub seed: u64,
+    /// Whether the guest finally touches an unplugged block.
+    pub rogue: bool,
+}
+
+/// Host memory behind the region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackingKind {
+    /// Private anonymous memory in base pages.
+    Anon,
+    /// Private anonymous memory in transparent huge pages.
+    Thp,
+}
+
+/// The demonstration did not come to its end.
+#[derive(Debug, Error)]
+pub enum DemoError {
+    /// The options do not go together.
+    #[error("{0}")]
+    Options(String),
+    /// The guest did not start.
+    #[error("the guest could not be started")]
+    Start(#[from] StartError),
+    /// What was found is not what must be.
+    #[error(transparent)]
+    Check(#[from] CheckFailed),
+    /// The guest did not get there.
+    #[error("step to {target}")]
+    Guest {
+        /// The target, for people.
+        target: String,
+        /// What happened instead.
+        #[source]
+        source: ReportError,
+    },
+    /// The guest ended otherwise than it should.
+    #[error("the guest should have {expected}, but: {outcome}")]
+    Outcome {
+        /// What it should have done.
+        expected: &'static str,
+        /// What it did.
+        outcome: String,
+    },
+    /// The host does not have what the region needs.
+    #[error("host memory for a region of {0}")]
+    Backing(String, #[source] io::Error),
+    /// Memory could not be measured, or the output not be written.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl DemoError {
+    /// Whether the options are at fault and not the run.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        matches!(
+            self,
+            Self::Options(_)
+                | Self::Start(
+                    StartError::Device(_) | StartError::Layout(_) | StartError::Memory(..)
+                )
+        )
+    }
+}
+
+/// One step of the demonstration: what was asked for, and what was there when it was reached.
+#[derive(Clone, Debug, Serialize)]
+pub struct Step {
+    /// Bytes asked for.
+    pub target: u64,
+    /// Bytes plugged.
+    pub plugged: u64,
+    /// Bytes of hotplugged memory the guest's page allocator works with.
+    pub online: u64,
+    /// Bytes of host memory behind the region.
+    pub resident: u64,
+    /// Requests of this step, those that came.
+    pub requests: Vec<RequestCount>,
+    /// Used-buffer notifications of this step.
+    pub used_interrupts: u64,
+    /// Configuration-change notifications of this step.
+    pub config_interrupts: u64,
+    /// Pages the workers read back in full and found right, in this step.
+    pub pages_verified: u64,
+    /// Pages the driver moved out of the way, in this step.
+    pub pages_moved: u64,
+    /// From the request of the operator until the driver had settled, in milliseconds.
+    pub resize_ms: f64,
+}
+
+/// Requests of one type with one answer.
+#[derive(Clone, Debug, Serialize)]
+pub struct RequestCount {
+    /// Type of the request.
+    pub request: &'static str,
+    /// The answer.
+    pub answer: &'static str,
+    /// How many.
+    pub count: u64,
+}
+
+/// What the whole run came to.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// What the guest ran on.
+    pub backend: String,
+    /// Every step.
+    pub steps: Vec<Step>,
+    /// The forbidden access, if one was asked for.
+    pub rogue: Option<Rogue>,
+    /// Pages verified in all, and none was wrong.
+    pub pages_verified: u64,
+}
+
+/// A guest reached for memory it had not plugged.
+#[derive(Clone, Debug, Serialize)]
+pub struct Rogue {
+    /// Guest-physical address.
+    pub address: u64,
+    /// The vCPU that did it.
+    pub vcpu: usize,
+    /// Whether it wanted to write.
+    pub write: bool,
+    /// Bytes of host memory behind unplugged blocks before and after.
+    pub unplugged_resident: (u64, u64),
+    /// Bytes of host memory behind the whole region before and after.
+    pub resident: (u64, u64),
+}
+
+/// Runs the demonstration, telling `out` about it as it goes.
+///
+/// # Errors
+///
+/// [`DemoError`]: bad options, a guest that does not start or get on, or a failed check with its name.
+pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoError> {
+    check_options(options)?;
+    let backing = match options.backing {
+        BackingKind::Anon => Anonymous::base_pages(options.region),
+        BackingKind::Thp => Anonymous::thp(options.region),
+    };
+    let backing =
+        backing.map_err(|error| DemoError::Backing(table::size(options.region), error))?;
+    let device =
+        VirtioMem::builder(GuestAddress(REGION_START), backing).block_size(options.block_size);
+    let config = MachineConfig {
+        boot_memory: options.boot_memory,
+        vcpu_count: options.vcpu_count,
+        guest: options.guest,
+        seed: options.seed,
+        worker_pages: WORKER_PAGES,
+        ..MachineConfig::default()
+    };
+    let machine = Machine::start(&config, device)?;
+    table::header(out, &machine, options)?;
+    let handle = machine.handle();
+    let mut steps = Vec::new();
+    let mut last = Moment::now(&machine, &handle, machine.progress());
+    for target in &options.targets {
+        let (step, now) = step(&machine, &handle, *target, &last)?;
+        table::row(out, &step)?;
+        steps.push(step);
+        last = now;
+        if options.rogue && beside_plugged_block(&handle).is_some() {
+            break;
+        }
+    }
+    let mut summary = Summary {
+        backend: machine.backend().to_string(),
+        steps,
+        rogue: None,
+        pages_verified: last.verified(),
+    };
+    match options.rogue {
+        true => {
+            let rogue = go_rogue(machine, &handle)?;
+            table::rogue(out, &rogue)?;
+            summary.rogue = Some(rogue);
+        }
+        false => {
+            end(machine, &handle)?;
+            table::end(out, &summary)?;
+        }
+    }
+    Ok(summary)
+}
+
+fn check_options(options: &DemoOptions) -> Result<(), DemoError> {
+    Geometry::new(REGION_START, options.region, options.block_size)
+        .map_err(|error| DemoError::Options(error.to_string()))?;
+    // What an empty guest needs; the exact sum, which depends on the image, is the layout's business.
+    if options.boot_memory < 2 * LARGE_PAGE + GUEST_IMAGE.len() as u64 {
+        return Err(DemoError::Options(format!(
+            "boot memory of {} does not hold the guest program",
+            table::size(options.boot_memory)
+        )));
+    }
+    for target in &options.targets {
+        if *target > options.region {
+            return Err(DemoError::Options(format!(
+                "target {} exceeds the region of {}",
+                table::size(*target),
+                table::size(options.region)
+            )));
+        }
+        if !target.is_multiple_of(options.block_size) {
+            return Err(DemoError::Options(format!(
+                "target {} is not a multiple of the block size {}",
+                table::size(*target),
+                table::size(options.block_size)
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The running totals at one moment.
+struct Moment {
+    counters: Counters,
+    interrupts: InterruptCounts,
+    report: Report,
+}
+
+impl Moment {
+    fn now(machine: &Machine, handle: &Handle, report: Report) -> Self {
+        Self {
+            counters: handle.counters(),
+            interrupts: machine.interrupts(),
+            report,
+        }
+    }
+
+    fn verified(&self) -> u64 {
+        pages_verified(&self.report)
+    }
+}
+
+fn pages_verified(report: &Report) -> u64 {
+    report
+        .workers
+        .iter()
+        .map(|worker| worker.pages_verified)
+        .sum()
+}
+
+/// One resize: asks, waits until the driver has settled, lets the workers use what there is, and checks.
+fn step(
+    machine: &Machine,
+    handle: &Handle,
+    target: u64,
+    last: &Moment,
+) -> Result<(Step, Moment), DemoError> {
+    let failed = |source| DemoError::Guest {
+        target: table::size(target),
+        source,
+    };
+    let started = Instant::now();
+    handle
+        .resize(target)
+        .map_err(|error| DemoError::Options(error.to_string()))?;
+    let mut report = machine.settled(target, STEP_TIMEOUT).map_err(failed)?;
+    let resize_time = started.elapsed();
+    let goal = match target {
+        0 => 0,
+        _ => last.verified() + PAGES_VERIFIED_PER_STEP,
+    };
+    while pages_verified(&report) < goal {
+        let left = STEP_TIMEOUT.saturating_sub(started.elapsed());
+        report = machine.settled(target, left).map_err(failed)?;
+    }
+    let resident = checks::step(handle, target, last.report.plugged_size, &report)?;
+    let now = Moment::now(machine, handle, report);
+    let step = Step {
+        target,
+        plugged: now.report.plugged_size,
+        online: now.report.online_size,
+        resident,
+        requests: requests_between(&last.counters, &now.counters),
+        used_interrupts: now.interrupts.used_buffer - last.interrupts.used_buffer,
+        config_interrupts: now.interrupts.config_change - last.interrupts.config_change,
+        pages_verified: now.verified() - last.verified(),
+        pages_moved: now.report.pages_moved - last.report.pages_moved,
+        resize_ms: resize_time.as_secs_f64() * 1e3,
+    };
+    Ok((step, now))
+}
+
+fn requests_between(before: &Counters, after: &Counters) -> Vec<RequestCount> {
+    let mut counts = Vec::new();
+    for kind in RequestKind::ALL {
+        for answer in Answer::ALL {
+            let count = after.requests(kind, answer) - before.requests(kind, answer);
+            if count > 0 {
+                counts.push(RequestCount {
+                    request: kind.name(),
+                    answer: answer.name(),
+                    count,
+                });
+            }
+        }
+    }
+    counts
+}
+
+/// An unplugged block whose neighbour is plugged: the hardest to keep apart, they share a memory slot.
+fn beside_plugged_block(handle: &Handle) -> Option<u64> {
+    const SLOT: u64 = 128 << 20;
+    let geometry = handle.geometry();
+    let plugged = handle.plugged();
+    let mut behind_runs = plugged.runs().map(|run| run.end());
+    let block = behind_runs.find(|block| *block < geometry.block_count())?;
+    let inside_slot = !geometry.bytes(block).is_multiple_of(SLOT);
+    inside_slot.then(|| geometry.address(block))
+}
+
+fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
+    let geometry = handle.geometry();
+    let first_unplugged = handle.plugged().next(0, false);
+    let address = beside_plugged_block(handle)
+        .or_else(|| first_unplugged.map(|block| geometry.address(block)))
+        .ok_or_else(|| {
+            DemoError::Options("every block is plugged, none is left to touch".into())
+        })?;
+    let before = (
+        handle.resident_bytes()?,
+        checks::unplugged_resident(handle)?,
+    );
+    machine.rogue(address);
+    let ended = machine.wait(STEP_TIMEOUT);
+    // Either way the machine comes to its end before anything is concluded.
+    let outcome = machine.stop(STEP_TIMEOUT);
+    let access = match ended.unwrap_or(outcome) {
+        Outcome::UnpluggedAccess(access) => access,
+        other => {
+            return Err(DemoError::Outcome {
+                expected: "been caught at an unplugged block",
+                outcome: other.to_string(),
+            });
+        }
+    };
+    let after = (
+        handle.resident_bytes()?,
+        checks::unplugged_resident(handle)?,
+    );
+    let UnpluggedAccess {
+        vcpu,
+        address: found,
+        write,
+        ..
+    } = access;
+    let rogue = Rogue {
+        address: found,
+        vcpu,
+        write,
+        resident: (before.0, after.0),
+        unplugged_resident: (before.1, after.1),
+    };
+    checks::rogue(handle, address, &rogue)?;
+    Ok(rogue)
+}
+
+fn end(machine: Machine, handle: &Handle) -> Result<(), DemoError> {
+    match machine.stop(STEP_TIMEOUT) {
+        Outcome::Exited => Ok(checks::end(handle)?),
+        other => Err(DemoError::Outcome {
+            expected: "verified its pages and exited",
+            outcome: other.to_string(),
+        }),
+    }
+}

@@ -1,0 +1,190 @@
+//! The `vmem` command as its users see it: output, exit codes, errors.
+
+#[expect(dead_code, reason = "this file needs no device of its own")]
+mod common;
+
+use std::process::Command;
+
+use common::kvm_or_skip;
+use serde_json::Value;
+
+/// Runs `vmem`; its exit code, standard output and standard error.
+fn vmem(args: &[&str]) -> (i32, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_vmem"))
+        .args(args)
+        .output()
+        .unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (
+        output.status.code().unwrap(),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
+/// The rows of the table: everything before the list of requests, split at white space.
+fn rows(stdout: &str) -> Vec<Vec<&str>> {
+    stdout
+        .lines()
+        .filter(|line| line.contains(" ms  "))
+        .map(|line| line.split_whitespace().collect())
+        .collect()
+}
+
+fn assert_demo(stdout: &str) {
+    let reached: Vec<_> = rows(stdout).iter().map(|row| row[..4].join(" ")).collect();
+    assert_eq!(
+        reached,
+        [
+            "1 GiB 1 GiB",
+            "130 MiB 130 MiB",
+            "2 GiB 2 GiB",
+            "6 MiB 6 MiB",
+            "0 B 0 B"
+        ],
+        "{stdout}"
+    );
+    assert!(
+        stdout.contains("ok: 5 steps, every check held at each"),
+        "{stdout}"
+    );
+}
+
+#[test]
+fn plain_vmem_is_the_demo_on_kvm() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let (code, stdout, stderr) = vmem(&[]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(stdout.starts_with("backend: KVM"), "{stdout}");
+    assert_demo(&stdout);
+}
+
+#[test]
+fn demo_runs_in_process_as_asked() {
+    let (code, stdout, stderr) = vmem(&["demo", "--guest", "in-process"]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(
+        stdout.starts_with("backend: in-process, as asked"),
+        "{stdout}"
+    );
+    assert_demo(&stdout);
+}
+
+#[test]
+fn rogue_guest_is_reported_with_address_and_vcpu_and_exit_code_3() {
+    for guest in ["kvm", "in-process"] {
+        if guest == "kvm" && !kvm_or_skip() {
+            continue;
+        }
+        let (code, stdout, stderr) = vmem(&["demo", "--rogue", "--guest", guest]);
+        assert_eq!(code, 3, "{stdout}{stderr}");
+        assert!(
+            stdout.contains("rogue guest: vCPU 1 tried to read from 0x1"),
+            "{stdout}"
+        );
+        assert!(
+            stdout.contains("resident behind unplugged blocks: 0 B before, 0 B after"),
+            "{stdout}"
+        );
+    }
+}
+
+#[test]
+fn json_has_what_the_table_has() {
+    let args = [
+        "demo",
+        "--guest",
+        "in-process",
+        "--json",
+        "--targets",
+        "64M,6M,0",
+        "--seed",
+        "7",
+    ];
+    let (code, stdout, stderr) = vmem(&args);
+    assert_eq!(code, 0, "{stderr}");
+    let summary: Value = serde_json::from_str(&stdout).unwrap();
+    let steps = summary["steps"].as_array().unwrap();
+    let plugged: Vec<_> = steps
+        .iter()
+        .map(|step| step["plugged"].as_u64().unwrap())
+        .collect();
+    assert_eq!(plugged, [64 << 20, 6 << 20, 0]);
+    assert_eq!(steps[0]["requests"][0]["request"], "plug");
+    assert_eq!(steps[0]["requests"][0]["answer"], "ack");
+    assert!(summary["pages_verified"].as_u64().unwrap() > 0);
+    assert_eq!(summary["rogue"], Value::Null);
+}
+
+#[test]
+fn options_can_be_given_without_naming_the_demo() {
+    let args = [
+        "--guest",
+        "in-process",
+        "--targets",
+        "4M",
+        "--region",
+        "1G",
+        "--vcpus",
+        "1",
+    ];
+    let (code, stdout, stderr) = vmem(&args);
+    assert_eq!(code, 0, "{stderr}");
+    assert_eq!(rows(&stdout)[0][..4].join(" "), "4 MiB 4 MiB");
+}
+
+#[test]
+fn bad_options_are_clear_errors_with_exit_code_2() {
+    let cases: [(&[&str], &str); 14] = [
+        (&["--block-size", "3M"], "not a power of two"),
+        (&["--block-size", "0"], "not a power of two"),
+        (&["--block-size", "1K"], "smaller than a page"),
+        (&["--region", "4097M"], "not a multiple of the block size"),
+        (
+            &["--targets", "8G"],
+            "target 8 GiB exceeds the region of 4 GiB",
+        ),
+        (
+            &["--targets", "1G,3M"],
+            "target 3 MiB is not a multiple of the block size 2 MiB",
+        ),
+        (&["--targets", "1G,x"], "invalid value 'x'"),
+        (&["--targets=-1"], "invalid value '-1'"),
+        (&["--guest", "xen"], "invalid value 'xen'"),
+        (&["--backing", "paper"], "invalid value 'paper'"),
+        (&["--vcpus", "0"], "0 vCPUs, must be 1 to 16"),
+        (&["--vcpus", "17"], "17 vCPUs, must be 1 to 16"),
+        (
+            &["--boot-memory", "1M"],
+            "boot memory of 1 MiB does not hold the guest program",
+        ),
+        (&["--boot-memory", "99999999999999999999G"], "invalid value"),
+    ];
+    for (args, reason) in cases {
+        for subcommand in [&["demo"] as &[&str], &[]] {
+            let args = [subcommand, args].concat();
+            let (code, stdout, stderr) = vmem(&args);
+            assert_eq!(code, 2, "{args:?}: {stdout}{stderr}");
+            assert!(stderr.contains(reason), "{args:?}: {stderr}");
+            assert!(!stderr.contains("panicked"), "{args:?}: {stderr}");
+        }
+    }
+}
+
+#[test]
+fn help_says_what_there_is() {
+    let (code, stdout, _) = vmem(&["--help"]);
+    assert_eq!(code, 0);
+    for word in [
+        "demo",
+        "--targets",
+        "--rogue",
+        "--guest",
+        "--json",
+        "Exit codes:",
+    ] {
+        assert!(stdout.contains(word), "{word} in {stdout}");
+    }
+}
