@@ -78,7 +78,9 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                     policy,
                     layout,
                     config,
-                    config_changed: false,
+                    // A target set after it was read above and before DRIVER_OK has raised no interrupt
+                    // (V-10), so it is read again now that every change raises one.
+                    config_changed: true,
                     usable_may_shrink: false,
                     refused_at: None,
                     unplug_all: config.mutable.plugged_size != 0,

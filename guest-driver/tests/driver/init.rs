@@ -210,10 +210,25 @@ fn d_43_n_09_usable_region_may_shrink_with_unplug_all_and_is_read_again() {
     }
     let mut rig = Rig::on(device, Default::default());
     rig.step();
+    assert_eq!(rig.step(), Progress::AwaitingDevice);
     rig.device.state().config.mutable.usable_region_size = 256 * MIB;
     rig.device.answer();
     assert_eq!(rig.run(), Progress::Settled);
     assert_eq!(rig.driver.config().mutable.usable_region_size, 256 * MIB);
+}
+
+/// Regression: a target set while the driver initialises, after it has read the configuration and before
+/// DRIVER_OK lets the device interrupt, was not noticed until the next change.
+#[test]
+fn target_set_before_the_device_may_interrupt_is_not_missed() {
+    let mut rig = Rig::new(GIB);
+    {
+        let mut state = rig.device.state();
+        state.config.mutable.requested_size = 4 * MIB;
+        state.generation += 1;
+    }
+    assert_eq!(rig.run(), Progress::Settled);
+    assert_eq!(rig.driver.plugged_size(), 4 * MIB);
 }
 
 #[test]
