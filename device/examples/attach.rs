@@ -113,14 +113,13 @@ impl Exit {
 }
 
 fn main() -> Result<()> {
-    let kvm = match Kvm::new() {
-        Ok(kvm) => kvm,
+    let (kvm, vm) = match Kvm::new().and_then(|kvm| Ok((kvm.create_vm()?, kvm))) {
+        Ok((vm, kvm)) => (kvm, Arc::new(vm)),
         Err(error) => {
             println!("skipped: /dev/kvm cannot be used: {error}");
             return Ok(());
         }
     };
-    let vm = Arc::new(kvm.create_vm()?);
     let boot_memory = support::boot_memory(&vm)?;
     let mut guest = Guest::new(&kvm, &vm, &boot_memory)?;
 
