@@ -137,7 +137,8 @@ fn main() -> Result<()> {
             status.slot_count,
             resident >> 10,
         );
-        Ok(())
+        let granted = resident <= status.plugged_size;
+        expect("no more is resident than plugged", granted)
     };
     report("the region is there, and empty")?;
 
