@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use virtio_mem_wire::{BlockMap, BlockRange, Geometry};
+use virtio_mem_wire::{BlockMap, Geometry};
 
 use crate::counters::Counters;
 use crate::device::{Device, Status};
@@ -96,17 +96,6 @@ impl Handle {
         self.0
             .backing
             .resident_bytes(0..self.0.geometry.region_size())
-    }
-
-    /// As [`resident_bytes`](Self::resident_bytes), of some blocks only.
-    ///
-    /// # Errors
-    ///
-    /// Whatever the host says, also for blocks outside the region.
-    pub fn resident_bytes_in(&self, blocks: BlockRange) -> io::Result<u64> {
-        let geometry = &self.0.geometry;
-        let bytes = geometry.bytes(blocks.first)..geometry.bytes(blocks.end());
-        self.0.backing.resident_bytes(bytes)
     }
 
     /// What the device has counted so far.

@@ -1,11 +1,9 @@
 //! What must hold at every step. Each check has a name, and a failed one is an error that says it.
 
-use std::io;
-
 use thiserror::Error;
-use virtio_mem::Handle;
-use virtio_mem_wire::BlockRange;
+use virtio_mem::VirtioMem;
 
+use super::residency::unplugged_resident;
 use super::{DemoError, Rogue};
 use crate::Report;
 
@@ -35,11 +33,12 @@ fn check(
 
 /// Everything that must hold once the guest has settled on `target`; the resident bytes measured on the way.
 pub(super) fn step(
-    handle: &Handle,
+    device: &VirtioMem,
     target: u64,
     plugged_before: u64,
     report: &Report,
 ) -> Result<u64, DemoError> {
+    let handle = device.handle();
     let status = handle.status();
     let plugged = status.plugged_size;
     check("plugged-equals-target", plugged == target, || {
@@ -71,7 +70,7 @@ pub(super) fn step(
         format!("{resident} bytes are resident, {plugged} are plugged")
     })?;
     if target < plugged_before {
-        let left = unplugged_resident(handle)?;
+        let left = unplugged_resident(device)?;
         check("memory-is-back-with-the-host", left == 0, || {
             format!("{left} bytes are resident behind unplugged blocks")
         })?;
@@ -95,7 +94,8 @@ fn no_page_lost(report: &Report) -> Result<(), CheckFailed> {
 }
 
 /// What must hold once the guest has exited.
-pub(super) fn end(handle: &Handle) -> Result<(), DemoError> {
+pub(super) fn end(device: &VirtioMem) -> Result<(), DemoError> {
+    let handle = device.handle();
     let (resident, plugged) = (handle.resident_bytes()?, handle.status().plugged_size);
     check("resident-within-plugged", resident <= plugged, || {
         format!("{resident} bytes are resident, {plugged} are plugged")
@@ -104,7 +104,7 @@ pub(super) fn end(handle: &Handle) -> Result<(), DemoError> {
 }
 
 /// What must hold after the guest reached for `address`.
-pub(super) fn rogue(handle: &Handle, address: u64, rogue: &Rogue) -> Result<(), DemoError> {
+pub(super) fn rogue(device: &VirtioMem, address: u64, rogue: &Rogue) -> Result<(), DemoError> {
     check("rogue-access-is-found", rogue.address == address, || {
         format!("told to touch {address:#x}, found at {:#x}", rogue.address)
     })?;
@@ -114,19 +114,5 @@ pub(super) fn rogue(handle: &Handle, address: u64, rogue: &Rogue) -> Result<(), 
         (before, after) == (0, 0),
         || format!("{before} bytes resident behind unplugged blocks before, {after} after"),
     )?;
-    end(handle)
-}
-
-/// Bytes of host memory behind blocks that are not plugged, as the host's kernel counts them.
-pub(super) fn unplugged_resident(handle: &Handle) -> io::Result<u64> {
-    let all = BlockRange {
-        first: 0,
-        count: handle.geometry().block_count(),
-    };
-    let plugged = handle.plugged();
-    let mut resident = 0;
-    for run in plugged.runs_in(all, false) {
-        resident += handle.resident_bytes_in(run)?;
-    }
-    Ok(resident)
+    end(device)
 }

@@ -1,6 +1,7 @@
 //! The main job: a guest that works in its memory while it is grown and shrunk, checked at every step.
 
 mod checks;
+mod residency;
 mod table;
 
 use std::io::{self, Write};
@@ -14,6 +15,7 @@ use vm_memory::GuestAddress;
 
 pub use checks::CheckFailed;
 
+use self::residency::unplugged_resident;
 use crate::layout::{LARGE_PAGE, REGION_START};
 use crate::{
     GUEST_IMAGE, GuestKind, InterruptCounts, Machine, MachineConfig, Outcome, Report, ReportError,
@@ -227,7 +229,7 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
             summary.rogue = Some(rogue);
         }
         false => {
-            end(machine, &handle)?;
+            end(machine)?;
             table::end(out, &summary)?;
         }
     }
@@ -317,7 +319,7 @@ fn step(
         let left = STEP_TIMEOUT.saturating_sub(started.elapsed());
         report = machine.settled(target, left).map_err(failed)?;
     }
-    let resident = checks::step(handle, target, last.report.plugged_size, &report)?;
+    let resident = checks::step(machine.device(), target, last.report.plugged_size, &report)?;
     let now = Moment::now(machine, handle, report);
     let step = Step {
         target,
@@ -370,10 +372,8 @@ fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
         .ok_or_else(|| {
             DemoError::Options("every block is plugged, none is left to touch".into())
         })?;
-    let before = (
-        handle.resident_bytes()?,
-        checks::unplugged_resident(handle)?,
-    );
+    let device = machine.device().clone();
+    let before = (handle.resident_bytes()?, unplugged_resident(&device)?);
     machine.rogue(address);
     let ended = machine.wait(STEP_TIMEOUT);
     // Either way the machine comes to its end before anything is concluded.
@@ -387,10 +387,7 @@ fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
             });
         }
     };
-    let after = (
-        handle.resident_bytes()?,
-        checks::unplugged_resident(handle)?,
-    );
+    let after = (handle.resident_bytes()?, unplugged_resident(&device)?);
     let UnpluggedAccess {
         vcpu,
         address: found,
@@ -404,13 +401,14 @@ fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
         resident: (before.0, after.0),
         unplugged_resident: (before.1, after.1),
     };
-    checks::rogue(handle, address, &rogue)?;
+    checks::rogue(&device, address, &rogue)?;
     Ok(rogue)
 }
 
-fn end(machine: Machine, handle: &Handle) -> Result<(), DemoError> {
+fn end(machine: Machine) -> Result<(), DemoError> {
+    let device = machine.device().clone();
     match machine.stop(STEP_TIMEOUT) {
-        Outcome::Exited => Ok(checks::end(handle)?),
+        Outcome::Exited => checks::end(&device),
         other => Err(DemoError::Outcome {
             expected: "verified its pages and exited",
             outcome: other.to_string(),
