@@ -359,9 +359,11 @@ fn beside_plugged_block(handle: &Handle) -> Option<u64> {
     let geometry = handle.geometry();
     let plugged = handle.plugged();
     let mut behind_runs = plugged.runs().map(|run| run.end());
-    let block = behind_runs.find(|block| *block < geometry.block_count())?;
-    let inside_slot = !geometry.bytes(block).is_multiple_of(SLOT);
-    inside_slot.then(|| geometry.address(block))
+    let inside_slot = |block: &u64| {
+        *block < geometry.block_count() && !geometry.bytes(*block).is_multiple_of(SLOT)
+    };
+    let block = behind_runs.find(inside_slot)?;
+    Some(geometry.address(block))
 }
 
 fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
