@@ -52,7 +52,7 @@ pub enum BuildError {
         /// Bytes per page of the backing.
         page_size: u64,
     },
-    /// The region would come to have more separate pieces than the host can map.
+    /// Memory could not be closed and given back in such blocks, though they are whole pages.
     #[error(
         "block size {block_size:#x} is too small for this backing, which needs {min_block_size:#x} or more"
     )]

@@ -7,6 +7,8 @@
     reason = "each test binary uses a part of the rig"
 )]
 
+pub mod backings;
+
 use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
