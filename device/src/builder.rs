@@ -1,5 +1,6 @@
 //! Putting a device together; every wrong combination ends here.
 
+use std::num::NonZero;
 use std::sync::Arc;
 
 use virtio_mem_wire::{Features, Geometry, GeometryError};
@@ -33,6 +34,7 @@ pub struct Builder {
     requested_size: u64,
     node_id: Option<u16>,
     persistent_suspend: bool,
+    populate_threads: Option<NonZero<usize>>,
 }
 
 /// Options that do not go together.
@@ -50,6 +52,16 @@ pub enum BuildError {
         /// Bytes per page of the backing.
         page_size: u64,
     },
+    /// Memory could not be closed and given back in such blocks, though they are whole pages.
+    #[error(
+        "block size {block_size:#x} is too small for this backing, which needs {min_block_size:#x} or more"
+    )]
+    BlockTooSmall {
+        /// Bytes per block.
+        block_size: u64,
+        /// The smallest that works, see [`Backing::min_block_size`].
+        min_block_size: u64,
+    },
     /// Slots must start and end at block borders.
     #[error("slot size {slot_size:#x} is not a multiple of the block size {block_size:#x}")]
     SlotSize {
@@ -57,6 +69,14 @@ pub enum BuildError {
         slot_size: u64,
         /// Bytes per block.
         block_size: u64,
+    },
+    /// The last plug would fail for want of a slot.
+    #[error("the region needs {needed} memory slots, the hypervisor has {available}")]
+    TooManySlots {
+        /// With all blocks plugged.
+        needed: u64,
+        /// What is left for this device, see [`SlotMapper::max_count`].
+        available: u64,
     },
     /// Linux cuts memory into blocks of a power of two.
     #[error("guest memory block size {0:#x} is not a power of two")]
@@ -78,6 +98,7 @@ impl Builder {
             requested_size: 0,
             node_id: None,
             persistent_suspend: false,
+            populate_threads: None,
         }
     }
 
@@ -139,6 +160,14 @@ impl Builder {
         self
     }
 
+    /// Has the host give blocks their memory when they are plugged, on up to `threads` threads, and not as the
+    /// guest touches them. A plug for which there is no memory is then answered BUSY.
+    #[must_use]
+    pub fn populate(mut self, threads: NonZero<usize>) -> Self {
+        self.populate_threads = Some(threads);
+        self
+    }
+
     /// The device, with all blocks unplugged.
     ///
     /// # Errors
@@ -155,6 +184,13 @@ impl Builder {
                 page_size,
             });
         }
+        let min_block_size = self.backing.min_block_size();
+        if block_size < min_block_size {
+            return Err(BuildError::BlockTooSmall {
+                block_size,
+                min_block_size,
+            });
+        }
         let slot_size = self.slot_size.unwrap_or_else(|| {
             (region_size / DEFAULT_SLOT_COUNT)
                 .next_power_of_two()
@@ -166,6 +202,11 @@ impl Builder {
                 slot_size,
                 block_size,
             });
+        }
+        let needed = region_size.div_ceil(slot_size);
+        let available = self.slots.max_count();
+        if needed > available {
+            return Err(BuildError::TooManySlots { needed, available });
         }
         if !self.guest_memory_block_size.is_power_of_two() {
             return Err(BuildError::GuestMemoryBlockSize(
@@ -190,6 +231,8 @@ impl Builder {
             offered: features,
             backing: Arc::from(self.backing),
             slots: SlotTable::new(self.slots, geometry, host_address, slot_size),
+            slot_size,
+            populate_threads: self.populate_threads,
             usable_extent,
             requested_size: self.requested_size,
         };

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Debug};
 use std::io;
+use std::num::NonZero;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -13,10 +14,10 @@ use virtio_mem_wire::{
 };
 
 use crate::access::BlockAccess;
-use crate::backing::Backing;
+use crate::backing::{Backing, populate};
 use crate::config_space::ConfigSpace;
 use crate::counters::{Counters, Totals};
-use crate::slots::SlotTable;
+use crate::slots::{SlotError, SlotTable};
 
 /// How the device tells the driver that something happened. The transport implements it.
 ///
@@ -41,6 +42,8 @@ pub(crate) struct Device {
     pub(crate) offered: Features,
     pub(crate) acknowledged: AtomicU64,
     pub(crate) totals: Totals,
+    pub(crate) slot_size: u64,
+    populate_threads: Option<NonZero<usize>>,
     /// How far the usable region reaches beyond the requested size.
     usable_extent: u64,
     core: Mutex<Core>,
@@ -120,6 +123,8 @@ pub(crate) struct Setup {
     pub(crate) offered: Features,
     pub(crate) backing: Arc<dyn Backing>,
     pub(crate) slots: SlotTable,
+    pub(crate) slot_size: u64,
+    pub(crate) populate_threads: Option<NonZero<usize>>,
     pub(crate) usable_extent: u64,
     pub(crate) requested_size: u64,
 }
@@ -141,6 +146,8 @@ impl Device {
             offered: setup.offered,
             acknowledged: AtomicU64::new(0),
             totals: Totals::default(),
+            slot_size: setup.slot_size,
+            populate_threads: setup.populate_threads,
             usable_extent: setup.usable_extent,
             core: Mutex::new(Core {
                 slots: setup.slots,
@@ -226,13 +233,19 @@ impl Device {
         self.backing
             .open(bytes.clone())
             .map_err(|error| Refusal::Host("opening memory", error))?;
+        // A slot that was there before has shown the guest the open blocks: nothing may stay of them.
+        let take_back = || {
+            self.backing.close(bytes.clone())?;
+            self.backing.discard(bytes.clone())
+        };
+        if let Some(threads) = self.populate_threads
+            && let Err(error) = populate(&*self.backing, bytes.clone(), threads)
+        {
+            return Err(self.refuse(core, "populating memory", error, true, take_back()));
+        }
         if let Err(error) = core.slots.add(range) {
-            // A slot that was there before has shown the guest the open blocks: nothing may stay of them.
-            let closed = self
-                .backing
-                .close(bytes.clone())
-                .and_then(|()| self.backing.discard(bytes));
-            return Err(self.refuse(core, "mapping a slot", error.source, error.undone, closed));
+            let SlotError { source, undone } = error;
+            return Err(self.refuse(core, "mapping a slot", source, undone, take_back()));
         }
         self.access.grant(range);
         core.sizes.plugged_size = plugged_size;

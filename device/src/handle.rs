@@ -93,9 +93,7 @@ impl Handle {
     ///
     /// Whatever the host says.
     pub fn resident_bytes(&self) -> io::Result<u64> {
-        self.0
-            .backing
-            .resident_bytes(0..self.0.geometry.region_size())
+        self.0.backing.resident_bytes()
     }
 
     /// What the device has counted so far.

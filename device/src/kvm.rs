@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Cap, VmFd};
 
 use crate::slots::{Slot, SlotMapper};
 
@@ -20,8 +20,9 @@ pub struct KvmSlots {
 }
 
 impl KvmSlots {
-    /// Slots of `vm` from number `first` on. The caller keeps as many numbers free as the device may need:
-    /// the size of its region divided by its slot size.
+    /// Slots of `vm` from number `first` on. The caller keeps as many numbers free as the device may need,
+    /// see [`VirtioMem::max_slot_count`](crate::VirtioMem::max_slot_count); a device that may need more than
+    /// the VM can have is not built.
     #[must_use]
     pub fn new(vm: Arc<VmFd>, first: u32) -> Self {
         Self { vm, first }
@@ -43,6 +44,15 @@ impl KvmSlots {
 }
 
 impl SlotMapper for KvmSlots {
+    fn max_count(&self) -> u64 {
+        // Kernels that do not tell have 32 (the documentation of KVM_CAP_NR_MEMSLOTS).
+        let limit = match self.vm.check_extension_int(Cap::NrMemslots) {
+            limit @ 1.. => limit.unsigned_abs(),
+            _ => 32,
+        };
+        u64::from(limit.saturating_sub(self.first))
+    }
+
     fn map(&self, slot: &Slot) -> io::Result<()> {
         self.set(slot, slot.len)
     }

@@ -54,7 +54,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::EventFd;
 
-pub use backing::{Anonymous, Backing};
+pub use backing::{Anonymous, Backing, Hugetlb, Memfd, PrivateFile};
 pub use builder::{BuildError, Builder};
 pub use counters::Counters;
 pub use device::{Interrupt, ResetError, Status};
@@ -134,6 +134,19 @@ impl VirtioMem {
     #[must_use]
     pub fn geometry(&self) -> Geometry {
         self.0.geometry
+    }
+
+    /// Bytes per hypervisor memory slot; the last one may be shorter.
+    #[must_use]
+    pub fn slot_size(&self) -> u64 {
+        self.0.slot_size
+    }
+
+    /// The most hypervisor memory slots the device uses at a time. How many it uses now is in
+    /// [`Status::slot_count`].
+    #[must_use]
+    pub fn max_slot_count(&self) -> u64 {
+        self.0.geometry.region_size().div_ceil(self.0.slot_size)
     }
 
     /// The backing, for VMMs that map it elsewhere themselves.

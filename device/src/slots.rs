@@ -24,6 +24,11 @@ pub struct Slot {
 /// blocks in it that are not plugged; their memory is closed ([`Backing`](crate::Backing)), so a guest access
 /// there must end in the VMM and not in the guest. KVM does so: `KVM_RUN` returns `EFAULT`.
 pub trait SlotMapper: Debug + Send + Sync {
+    /// The most slots there can be at a time; a device that may need more is not built.
+    fn max_count(&self) -> u64 {
+        u64::MAX
+    }
+
     /// Makes the slot's memory the guest's.
     ///
     /// # Errors

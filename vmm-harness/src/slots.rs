@@ -43,6 +43,10 @@ impl RevocableSlots {
 }
 
 impl SlotMapper for RevocableSlots {
+    fn max_count(&self) -> u64 {
+        self.kvm.max_count()
+    }
+
     fn map(&self, slot: &Slot) -> io::Result<()> {
         let mut mapped = self.lock();
         if let Some(mapped) = mapped.as_mut() {

@@ -11,17 +11,13 @@ use std::ptr::NonNull;
 use rustix::mm::Advice;
 
 use super::Backing;
-use super::mapping::Mapping;
-
-/// The huge page of x86-64 and of arm64 and riscv64 with 4 KiB pages.
-const HUGE_PAGE_SIZE: u64 = 2 << 20;
+use super::mapping::{HUGE_PAGE_SIZE, Mapping, max_open_runs};
 
 /// Private anonymous memory of the VMM process.
 #[derive(Debug)]
 pub struct Anonymous {
     mapping: Mapping,
-    /// What the kernel allows in one process, shared with all its other mappings.
-    max_mappings: u64,
+    huge: bool,
 }
 
 impl Anonymous {
@@ -55,17 +51,9 @@ impl Anonymous {
         }
         Ok(Self {
             mapping,
-            max_mappings: max_map_count(),
+            huge: advice == Advice::LinuxHugepage,
         })
     }
-}
-
-/// `vm.max_map_count`, or the kernel's default where it cannot be read.
-fn max_map_count() -> u64 {
-    std::fs::read_to_string("/proc/sys/vm/max_map_count")
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(65_530)
 }
 
 // SAFETY: `mapping` is owned, lives as long as the backing, and is never moved or unmapped in between.
@@ -82,14 +70,21 @@ unsafe impl Backing for Anonymous {
         rustix::param::page_size() as u64
     }
 
+    fn min_block_size(&self) -> u64 {
+        match self.huge {
+            // A huge page of which a part is discarded stays whole in the host until memory runs short.
+            true => HUGE_PAGE_SIZE.max(self.page_size()),
+            false => self.page_size(),
+        }
+    }
+
     fn default_block_size(&self) -> u64 {
         // Smaller blocks would split huge pages, in the host and in the hypervisor's tables.
         HUGE_PAGE_SIZE.max(self.page_size())
     }
 
     fn max_open_runs(&self) -> u64 {
-        // Each open run is a mapping, and so is each closed one between two; an eighth is for the others.
-        (self.max_mappings - self.max_mappings / 8) / 2
+        max_open_runs()
     }
 
     fn open(&self, range: Range<u64>) -> io::Result<()> {
@@ -104,55 +99,31 @@ unsafe impl Backing for Anonymous {
         self.mapping.discard(range)
     }
 
-    fn resident_bytes(&self, range: Range<u64>) -> io::Result<u64> {
-        self.mapping.resident_bytes(range)
+    fn resident_bytes(&self) -> io::Result<u64> {
+        self.mapping.resident_bytes()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::mapping::tests::{mapping_count, touch};
     use super::*;
 
     const MIB: u64 = 1 << 20;
 
-    /// Lines of /proc/self/maps inside the backing's region.
-    fn mapping_count(backing: &Anonymous) -> usize {
-        let start = backing.host_address().as_ptr() as u64;
-        let inside = start..start + backing.len();
-        std::fs::read_to_string("/proc/self/maps")
-            .unwrap()
-            .lines()
-            .filter(|line| {
-                let (from, to) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
-                let from = u64::from_str_radix(from, 16).unwrap().max(inside.start);
-                let to = u64::from_str_radix(to, 16).unwrap().min(inside.end);
-                from < to
-            })
-            .count()
-    }
-
-    fn touch(backing: &Anonymous, offset: u64) {
-        let at = backing
-            .host_address()
-            .as_ptr()
-            .wrapping_byte_add(offset as usize);
-        // SAFETY: the tests touch only what they have opened.
-        unsafe { at.write_volatile(1) };
-    }
-
     #[test]
     fn discard_gives_memory_back_and_close_alone_does_not() {
         let backing = Anonymous::base_pages(16 * MIB).unwrap();
-        assert_eq!(backing.resident_bytes(0..16 * MIB).unwrap(), 0);
+        assert_eq!(backing.resident_bytes().unwrap(), 0);
         backing.open(2 * MIB..6 * MIB).unwrap();
         for page in 0..1024 {
             touch(&backing, 2 * MIB + page * 4096);
         }
-        assert_eq!(backing.resident_bytes(0..16 * MIB).unwrap(), 4 * MIB);
+        assert_eq!(backing.resident_bytes().unwrap(), 4 * MIB);
         backing.close(2 * MIB..4 * MIB).unwrap();
-        assert_eq!(backing.resident_bytes(0..16 * MIB).unwrap(), 4 * MIB);
+        assert_eq!(backing.resident_bytes().unwrap(), 4 * MIB);
         backing.discard(2 * MIB..4 * MIB).unwrap();
-        assert_eq!(backing.resident_bytes(0..16 * MIB).unwrap(), 2 * MIB);
+        assert_eq!(backing.resident_bytes().unwrap(), 2 * MIB);
     }
 
     #[test]
@@ -190,6 +161,6 @@ mod tests {
     fn empty_region_is_legal() {
         let backing = Anonymous::thp(0).unwrap();
         assert!(backing.is_empty());
-        assert_eq!(backing.resident_bytes(0..0).unwrap(), 0);
+        assert_eq!(backing.resident_bytes().unwrap(), 0);
     }
 }

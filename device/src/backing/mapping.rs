@@ -7,9 +7,36 @@
 use std::ffi::c_void;
 use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+
+/// The huge page of x86-64 and of arm64 and riscv64 with 4 KiB pages.
+pub(super) const HUGE_PAGE_SIZE: u64 = 2 << 20;
+
+/// The most mappings a region may be split into: what the kernel allows a process, less an eighth for the
+/// others.
+pub(super) fn max_mappings() -> u64 {
+    let allowed = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(65_530);
+    allowed - allowed / 8
+}
+
+/// The most open runs of a region whose mappings merge again: each is a mapping, and so is each closed run
+/// between two.
+pub(super) fn max_open_runs() -> u64 {
+    max_mappings() / 2
+}
+
+/// The smallest block size, `page_size` or more, in which a region of `len` bytes can have one mapping for each
+/// block: for mappings that do not merge again once they were split.
+pub(super) fn min_unmergeable_block_size(len: u64, page_size: u64) -> u64 {
+    let blocks = max_mappings().max(1);
+    len.div_ceil(blocks).max(page_size).next_power_of_two()
+}
 
 /// Anonymous private address space that belongs to nobody else until it is dropped.
 #[derive(Debug)]
@@ -95,6 +122,38 @@ impl Mapping {
         Ok(unsafe { rustix::mm::mprotect(start, len, flags) }?)
     }
 
+    /// Maps `file` from `offset` over the whole region, closed. `shared` or private.
+    pub(super) fn map_file(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        shared: bool,
+    ) -> io::Result<()> {
+        if self.len == 0 {
+            return Ok(());
+        }
+        let sharing = match shared {
+            true => MapFlags::SHARED,
+            false => MapFlags::PRIVATE,
+        };
+        // Without NORESERVE the kernel would want the whole region at once from the pool of huge pages.
+        let flags = MapFlags::FIXED | MapFlags::NORESERVE | sharing;
+        let start = self.start.as_ptr().cast();
+        // SAFETY: this mapping and nothing else is replaced, before anybody knows of it.
+        unsafe { rustix::mm::mmap(start, self.len, ProtFlags::empty(), flags, file, offset) }?;
+        Ok(())
+    }
+
+    /// Replaces what is mapped in `range` by fresh anonymous memory, closed.
+    pub(super) fn replace(&self, range: Range<u64>) -> io::Result<()> {
+        let (start, len) = self.slice(range)?;
+        let flags = MapFlags::FIXED | MapFlags::NORESERVE | MapFlags::PRIVATE;
+        // SAFETY: `slice` has checked that the range lies inside this mapping, which nobody else owns, and
+        // whose contents are guest memory that Rust makes no assumptions about.
+        unsafe { rustix::mm::mmap_anonymous(start, len, ProtFlags::empty(), flags) }?;
+        Ok(())
+    }
+
     /// Gives the pages of `range` back; the next access sees zeroes.
     pub(super) fn discard(&self, range: Range<u64>) -> io::Result<()> {
         self.advise(range, Advice::LinuxDontNeed)
@@ -108,17 +167,17 @@ impl Mapping {
         Ok(unsafe { rustix::mm::madvise(start, len, advice) }?)
     }
 
-    /// Bytes of `range` that have a page behind them.
-    pub(super) fn resident_bytes(&self, range: Range<u64>) -> io::Result<u64> {
-        // One byte of answer a page, so a large range is asked for in pieces.
+    /// Bytes that have a page behind them, by `mincore`. The truth for anonymous memory only: of a file it
+    /// counts what is in the page cache, of huge pages what this process has touched.
+    pub(super) fn resident_bytes(&self) -> io::Result<u64> {
+        // One byte of answer a page, so a large region is asked for in pieces.
         const PAGES: usize = 1 << 16;
         let page_size = rustix::param::page_size();
-        let (start, len) = self.slice(range)?;
-        let mut answer = vec![0u8; PAGES.min(len.div_ceil(page_size))];
+        let mut answer = vec![0u8; PAGES.min(self.len.div_ceil(page_size))];
         let mut resident = 0;
-        for offset in (0..len).step_by(PAGES * page_size) {
-            let piece = (len - offset).min(PAGES * page_size);
-            let at = start.wrapping_byte_add(offset);
+        for offset in (0..self.len).step_by(PAGES * page_size) {
+            let piece = (self.len - offset).min(PAGES * page_size);
+            let at = self.start.as_ptr().wrapping_byte_add(offset).cast();
             // SAFETY: the piece lies inside this mapping and `answer` has a byte for each of its pages.
             let result = unsafe { libc::mincore(at, piece, answer.as_mut_ptr()) };
             if result != 0 {
@@ -128,6 +187,11 @@ impl Mapping {
             resident += pages.filter(|byte| **byte & 1 != 0).count() as u64;
         }
         Ok(resident * page_size as u64)
+    }
+
+    /// Refuses a range that is not inside this mapping.
+    pub(super) fn check(&self, range: &Range<u64>) -> io::Result<()> {
+        self.slice(range.clone()).map(|_| ())
     }
 
     fn slice(&self, range: Range<u64>) -> io::Result<(*mut c_void, usize)> {
@@ -154,5 +218,43 @@ impl Drop for Mapping {
                 );
             }
         }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::super::Backing;
+
+    /// Lines of /proc/self/maps inside the backing's region.
+    pub(crate) fn mapping_count(backing: &dyn Backing) -> usize {
+        let start = backing.host_address().as_ptr() as u64;
+        let inside = start..start + backing.len();
+        std::fs::read_to_string("/proc/self/maps")
+            .unwrap()
+            .lines()
+            .filter(|line| {
+                let (from, to) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+                let from = u64::from_str_radix(from, 16).unwrap().max(inside.start);
+                let to = u64::from_str_radix(to, 16).unwrap().min(inside.end);
+                from < to
+            })
+            .count()
+    }
+
+    /// Reads a byte of the backing and writes `value` in its place.
+    pub(crate) fn exchange(backing: &dyn Backing, offset: u64, value: u8) -> u8 {
+        let at = backing
+            .host_address()
+            .as_ptr()
+            .wrapping_byte_add(offset as usize);
+        // SAFETY: the tests touch only what they have opened.
+        let old = unsafe { at.read_volatile() };
+        // SAFETY: as above.
+        unsafe { at.write_volatile(value) };
+        old
+    }
+
+    pub(crate) fn touch(backing: &dyn Backing, offset: u64) {
+        exchange(backing, offset, 1);
     }
 }

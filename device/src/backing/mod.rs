@@ -1,7 +1,11 @@
 //! Host memory of the device-managed region.
 
 mod anonymous;
+mod hugetlb;
 mod mapping;
+mod memfd;
+mod populate;
+mod private_file;
 
 use std::fmt::Debug;
 use std::io;
@@ -9,6 +13,10 @@ use std::ops::Range;
 use std::ptr::NonNull;
 
 pub use anonymous::Anonymous;
+pub use hugetlb::Hugetlb;
+pub use memfd::Memfd;
+pub(crate) use populate::populate;
+pub use private_file::PrivateFile;
 
 /// The host memory behind the device-managed region, and how it is opened, closed and given back.
 ///
@@ -41,7 +49,15 @@ pub unsafe trait Backing: Debug + Send + Sync {
     /// The smallest number of bytes that [`discard`](Self::discard) can give back: the smallest block size.
     fn page_size(&self) -> u64;
 
-    /// The block size to use where nobody asked for one. At least [`page_size`](Self::page_size).
+    /// The smallest block size a region of this length works with, a page or more.
+    ///
+    /// More where smaller blocks could not be closed one by one: a mapping that never merges again, once it is
+    /// split, may come to have one piece for each block, and the host limits the pieces.
+    fn min_block_size(&self) -> u64 {
+        self.page_size()
+    }
+
+    /// The block size to use where nobody asked for one. At least [`min_block_size`](Self::min_block_size).
     fn default_block_size(&self) -> u64;
 
     /// The most separate open runs this backing can hold, where the host sets such a limit.
@@ -51,7 +67,8 @@ pub unsafe trait Backing: Debug + Send + Sync {
         u64::MAX
     }
 
-    /// Opens a closed range. Its contents are undefined.
+    /// Opens a closed range. Its contents are undefined, or, if it was only closed and not discarded, what
+    /// they were.
     ///
     /// # Errors
     ///
@@ -73,10 +90,54 @@ pub unsafe trait Backing: Debug + Send + Sync {
     /// Whatever the host says; the contents are then still there.
     fn discard(&self, range: Range<u64>) -> io::Result<()>;
 
-    /// Bytes of host memory the range occupies now.
+    /// Bytes of host memory the region occupies now, as the host counts them.
     ///
     /// # Errors
     ///
     /// Whatever the host says.
-    fn resident_bytes(&self, range: Range<u64>) -> io::Result<u64>;
+    fn resident_bytes(&self) -> io::Result<u64>;
+}
+
+// SAFETY: the mapping is that of the backing inside, which keeps the promise; moving the box does not move it.
+#[expect(unsafe_code, reason = "passes on the promise of the backing inside")]
+unsafe impl<B: Backing + ?Sized> Backing for Box<B> {
+    fn host_address(&self) -> NonNull<u8> {
+        (**self).host_address()
+    }
+
+    fn len(&self) -> u64 {
+        (**self).len()
+    }
+
+    fn page_size(&self) -> u64 {
+        (**self).page_size()
+    }
+
+    fn min_block_size(&self) -> u64 {
+        (**self).min_block_size()
+    }
+
+    fn default_block_size(&self) -> u64 {
+        (**self).default_block_size()
+    }
+
+    fn max_open_runs(&self) -> u64 {
+        (**self).max_open_runs()
+    }
+
+    fn open(&self, range: Range<u64>) -> io::Result<()> {
+        (**self).open(range)
+    }
+
+    fn close(&self, range: Range<u64>) -> io::Result<()> {
+        (**self).close(range)
+    }
+
+    fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        (**self).discard(range)
+    }
+
+    fn resident_bytes(&self) -> io::Result<u64> {
+        (**self).resident_bytes()
+    }
 }

@@ -7,6 +7,8 @@
     reason = "each test binary uses a part of the rig"
 )]
 
+pub mod backings;
+
 use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -168,6 +170,10 @@ unsafe impl<B: Backing> Backing for FaultyBacking<B> {
         self.0.page_size()
     }
 
+    fn min_block_size(&self) -> u64 {
+        self.0.min_block_size()
+    }
+
     fn default_block_size(&self) -> u64 {
         self.0.default_block_size()
     }
@@ -192,8 +198,8 @@ unsafe impl<B: Backing> Backing for FaultyBacking<B> {
         self.0.discard(range)
     }
 
-    fn resident_bytes(&self, range: Range<u64>) -> io::Result<u64> {
-        self.0.resident_bytes(range)
+    fn resident_bytes(&self) -> io::Result<u64> {
+        self.0.resident_bytes()
     }
 }
 
