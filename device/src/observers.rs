@@ -30,7 +30,9 @@ pub trait PlugObserver: Debug + Send + Sync {
     /// whole such run, will be gone when all observers have agreed. After this returns the observer and what
     /// it serves do not touch it.
     ///
-    /// If a later step fails the memory stays, and the observer is told `plugged` again.
+    /// If a later step fails the memory stays, and the observer is told `plugged` again. A device that has
+    /// failed ([`Status::failure`](crate::Status::failure)) tells every run when it is dropped, also one that
+    /// an observer has not mapped: better once too often than a mapping of memory that is another's by then.
     ///
     /// # Errors
     ///
