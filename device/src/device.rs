@@ -456,6 +456,7 @@ impl Device {
         *self.lock_active() = Some(epoch);
         *self.lock_interrupt() = Some(interrupt);
         self.ready.store(true, Ordering::Release);
+        self.publish_gauges(&self.config.load());
         // A driver that was answered BUSY where this device was saved is told here.
         self.end_busy(BusyCause::Frozen);
         epoch
@@ -463,19 +464,22 @@ impl Device {
 
     /// After this no queue handler touches a queue; it finishes the request it is at.
     pub(crate) fn stop(&self) {
-        self.while_pausing(|| *self.lock_active() = None);
+        self.pause();
+        *self.lock_active() = None;
+        self.resume();
         self.ready.store(false, Ordering::Release);
         *self.lock_interrupt() = None;
         // The next driver was not told anything.
         self.lock().busy = BusyCauses::default();
     }
 
-    /// Runs `f`, which waits for the queue handler, while the handler begins no other request.
-    pub(crate) fn while_pausing<R>(&self, f: impl FnOnce() -> R) -> R {
+    /// From here to [`resume`](Self::resume) the queue handler begins no other request.
+    pub(crate) fn pause(&self) {
         self.pausing.fetch_add(1, Ordering::Relaxed);
-        let result = f();
+    }
+
+    pub(crate) fn resume(&self) {
         self.pausing.fetch_sub(1, Ordering::Relaxed);
-        result
     }
 
     pub(crate) fn is_pausing(&self) -> bool {

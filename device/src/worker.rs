@@ -61,6 +61,19 @@ impl<M: GuestAddressSpace + Send + 'static> QueueHandler<M> {
 }
 
 impl<M: GuestAddressSpace + Send + 'static> Worker<M> {
+    /// Asks the thread to stop after the request it is at, and does not wait for it.
+    ///
+    /// For a VMM that stops many devices: ask all, then [`stop`](Self::stop) each.
+    pub fn ask_to_stop(&self) {
+        if self.stopping.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.device.pause();
+        if let Err(error) = self.endpoint.kick() {
+            log::error!("cannot wake the thread of a memory device: {error}");
+        }
+    }
+
     /// Stops the thread and waits for it: the request it is at is finished and answered, what else is in the
     /// queue stays there. The handler that is given back may be spawned again and goes on where this stopped.
     ///
@@ -73,13 +86,10 @@ impl<M: GuestAddressSpace + Send + 'static> Worker<M> {
 
     fn join(&mut self) -> Option<QueueHandler<M>> {
         let thread = self.thread.take()?;
-        self.stopping.store(true, Ordering::Release);
-        self.device.while_pausing(|| {
-            if let Err(error) = self.endpoint.kick() {
-                log::error!("cannot wake the thread of a memory device: {error}");
-            }
-            thread.join().ok().flatten()
-        })
+        self.ask_to_stop();
+        let handler = thread.join().ok().flatten();
+        self.device.resume();
+        handler
     }
 }
 
