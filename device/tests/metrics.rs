@@ -1,4 +1,5 @@
 //! The numbers as a recorder of the `metrics` facade gets them.
+#![expect(clippy::unwrap_used, reason = "fixtures may fail as tests do")]
 #![cfg(feature = "metrics")]
 
 mod rig;

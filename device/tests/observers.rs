@@ -1,4 +1,5 @@
 //! DMA users keep their maps in step with the plugged blocks, whatever is refused on the way.
+#![expect(clippy::unwrap_used, reason = "fixtures may fail as tests do")]
 
 mod rig;
 

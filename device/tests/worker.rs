@@ -1,4 +1,5 @@
 //! A thread of its own: served, stopped in the middle of a request, and never in the way of a vCPU.
+#![expect(clippy::unwrap_used, reason = "fixtures may fail as tests do")]
 
 mod rig;
 
