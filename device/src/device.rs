@@ -13,7 +13,7 @@ use virtio_mem_wire::{
 
 use crate::access::BlockAccess;
 use crate::backing::Backing;
-use crate::busy::{BusyCause, BusyCauses};
+use crate::busy::{Busy, BusyCause};
 use crate::config_space::ConfigSpace;
 use crate::counters::{Counters, Totals};
 use crate::dirty::DirtyBitmaps;
@@ -52,6 +52,7 @@ pub(crate) struct Device {
     /// How far the usable region reaches beyond the requested size.
     usable_extent: u64,
     core: Mutex<Core>,
+    pub(crate) busy: Mutex<Busy>,
     changed: Condvar,
     /// The epoch of the queue handler that may touch the queue. Held while it does.
     active: Mutex<Option<u64>>,
@@ -79,8 +80,6 @@ pub(crate) struct Core {
     pub(crate) last_answer: Option<(Answer, Instant)>,
     /// When the driver was first refused since the last ACK or resize.
     pub(crate) refused_since: Option<Instant>,
-    /// Why BUSY was answered, if the driver has not been told since that trying again is worth it.
-    pub(crate) busy: BusyCauses,
     pub(crate) failure: Option<Arc<io::Error>>,
 }
 
@@ -178,9 +177,9 @@ impl Device {
                 last_change: Instant::now(),
                 last_answer: None,
                 refused_since: None,
-                busy: BusyCauses::default(),
                 failure: None,
             }),
+            busy: Mutex::default(),
             changed: Condvar::new(),
             active: Mutex::new(None),
             epochs: AtomicU64::new(0),
@@ -215,14 +214,14 @@ impl Device {
         let response = result.unwrap_or_else(|refusal| match refusal {
             Refusal::Answer(response) => response,
             Refusal::Busy(cause) => {
-                core.busy.insert(cause);
+                self.begin_busy(cause);
                 Response::Busy
             }
             Refusal::Host(what, error) => {
                 if self.totals.host_failures.count() {
                     log::warn!("{request:?}: {what}: {error}");
                 }
-                core.busy.insert(BusyCause::Host);
+                self.begin_busy(BusyCause::Host);
                 Response::Busy
             }
         });
@@ -244,6 +243,10 @@ impl Device {
         self.count(request.kind(), answer, started.elapsed());
         if gave_back {
             self.end_busy(BusyCause::Host);
+        }
+        if !self.access.is_wanted() {
+            // The last pin may have gone between the refusal and `begin_busy`.
+            self.end_busy(BusyCause::Pinned);
         }
         response
     }
@@ -391,13 +394,6 @@ impl Device {
         }
     }
 
-    pub(crate) fn set_frozen(&self, frozen: bool) {
-        self.lock().frozen = frozen;
-        if !frozen {
-            self.end_busy(BusyCause::Frozen);
-        }
-    }
-
     pub(crate) fn notify_config(&self) {
         if let Some(interrupt) = &*self.lock_interrupt() {
             self.totals.config_notifications.count();
@@ -469,8 +465,7 @@ impl Device {
         self.resume();
         self.ready.store(false, Ordering::Release);
         *self.lock_interrupt() = None;
-        // The next driver was not told anything.
-        self.lock().busy = BusyCauses::default();
+        self.forget_busy();
     }
 
     /// From here to [`resume`](Self::resume) the queue handler begins no other request.

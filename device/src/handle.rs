@@ -93,7 +93,7 @@ impl Handle {
     /// Tells a driver that was answered BUSY because the host or an observer refused that trying again is
     /// worth it. Without this it hears of what the device itself gives back only.
     ///
-    /// For a VMM that has made room, and for observers that have. Not from within a call of the device.
+    /// For a VMM that has made room, and for observers that have. Never waits for a request.
     pub fn retry(&self) {
         self.0.end_busy(BusyCause::Host);
     }

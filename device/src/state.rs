@@ -189,7 +189,7 @@ impl Device {
             usable_region_size: core.sizes.usable_region_size,
             plugged_size: core.sizes.plugged_size,
             plugged: self.access.with_plugged(|plugged| plugged.words().to_vec()),
-            busy: !core.busy.is_empty(),
+            busy: self.is_busy(),
         })
     }
 
@@ -213,7 +213,7 @@ impl Device {
         }
         if state.busy {
             // Told when the queue is served again, see `start`.
-            core.busy.insert(BusyCause::Frozen);
+            self.begin_busy(BusyCause::Frozen);
         }
         let features = state.acknowledged_features;
         self.acknowledged.store(features, Ordering::Relaxed);

@@ -1,6 +1,9 @@
 //! The numbers as a recorder of the `metrics` facade gets them.
-#![expect(clippy::unwrap_used, reason = "fixtures may fail as tests do")]
 #![cfg(feature = "metrics")]
+#![cfg_attr(
+    feature = "metrics",
+    expect(clippy::unwrap_used, reason = "fixtures may fail as tests do")
+)]
 
 mod rig;
 

@@ -8,12 +8,13 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use rig::{
-    AVAIL_RING, BUFFERS, DESC_TABLE, GIB, Memory, Rig, USED_RING, blocks, driver_features,
+    AVAIL_RING, BUFFERS, DESC_TABLE, GIB, Memory, REGION, Rig, USED_RING, blocks, driver_features,
     queue_at, readable, writable,
 };
-use virtio_mem::wire::Request;
+use virtio_mem::wire::{Answer, Request, RequestKind};
 use virtio_mem::{Interrupt, QueueHandler, Served, Slot, SlotMapper, WorkerDied};
 use virtio_queue::QueueT;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// A hypervisor that makes no slot until it is let, and says when it is asked.
@@ -167,5 +168,36 @@ fn config_reads_and_size_events_do_not_wait_for_a_request_that_is_stuck() {
     answers.recv().unwrap();
     assert_ne!(rig.device.config_generation(), generation);
     assert_eq!(events.take(), Some(rig.config().mutable));
+    drop(worker);
+}
+
+/// A device of the VMM that lets go of guest memory neither waits for a running request nor is forgotten.
+#[test]
+fn pin_that_ends_does_not_wait_for_a_request_that_is_stuck() {
+    let (mut rig, is_stuck, release) = stuck_rig();
+    let (handler, notify, answers) = activate(&rig);
+    let worker = handler.spawn("memory").unwrap();
+    submit_plug(&mut rig, 0);
+    release.send(()).unwrap();
+    notify.write(1).unwrap();
+    answers.recv().unwrap();
+    is_stuck.recv().unwrap();
+
+    let memory = Arc::clone(&rig.memory);
+    let slice = memory.get_slice(GuestAddress(REGION), 64).unwrap();
+    rig.write(BUFFERS, &Request::Unplug(blocks(0, 1)).emit());
+    rig.submit(&[readable(BUFFERS, 24), writable(BUFFERS + 32, 10)]);
+    notify.write(1).unwrap();
+    answers.recv().unwrap();
+    let counters = rig.handle.counters();
+    assert_eq!(counters.requests(RequestKind::Unplug, Answer::Busy), 1);
+
+    submit_plug(&mut rig, 64);
+    notify.write(1).unwrap();
+    is_stuck.recv().unwrap();
+    drop(slice);
+    assert_eq!(rig.handle.counters().config_notifications, 1);
+    release.send(()).unwrap();
+    answers.recv().unwrap();
     drop(worker);
 }
