@@ -83,6 +83,11 @@ impl BlockAccess {
         Ok(())
     }
 
+    /// Whether an unplug was refused because of pins that are still there.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.lock().wanted
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing between lock and unlock can panic and leave the state half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -10,7 +10,9 @@ use crate::VirtioMem;
 use crate::backing::Backing;
 use crate::device::{Device, Setup};
 use crate::handle::{ResizeError, check_size};
+use crate::observers::{ObserverError, Observers, PlugObserver};
 use crate::slots::{NoSlots, SlotMapper, SlotTable};
+use crate::state::{RestoreError, State};
 
 /// The smallest slot made without being asked: a section of x86-64 guests.
 const MIN_DEFAULT_SLOT_SIZE: u64 = 128 << 20;
@@ -30,11 +32,13 @@ pub struct Builder {
     block_size: Option<u64>,
     slots: Box<dyn SlotMapper>,
     slot_size: Option<u64>,
+    observers: Vec<Arc<dyn PlugObserver>>,
     guest_memory_block_size: u64,
     requested_size: u64,
     node_id: Option<u16>,
     persistent_suspend: bool,
     populate_threads: Option<NonZero<usize>>,
+    state: Option<State>,
 }
 
 /// Options that do not go together.
@@ -81,6 +85,12 @@ pub enum BuildError {
     /// Linux cuts memory into blocks of a power of two.
     #[error("guest memory block size {0:#x} is not a power of two")]
     GuestMemoryBlockSize(u64),
+    /// An observer could not follow every state of the region.
+    #[error("observer: {0}")]
+    Observer(#[from] ObserverError),
+    /// The saved state is not one of this device.
+    #[error("restoring: {0}")]
+    Restore(#[from] RestoreError),
     /// The initial size.
     #[error("requested size: {0}")]
     RequestedSize(#[from] ResizeError),
@@ -94,11 +104,13 @@ impl Builder {
             block_size: None,
             slots: Box::new(NoSlots),
             slot_size: None,
+            observers: Vec::new(),
             guest_memory_block_size: DEFAULT_GUEST_MEMORY_BLOCK_SIZE,
             requested_size: 0,
             node_id: None,
             persistent_suspend: false,
             populate_threads: None,
+            state: None,
         }
     }
 
@@ -124,6 +136,14 @@ impl Builder {
     #[must_use]
     pub fn slot_size(mut self, bytes: u64) -> Self {
         self.slot_size = Some(bytes);
+        self
+    }
+
+    /// Somebody who keeps a map of the plugged memory, told in the order given here. Keep an [`Arc`] of it to
+    /// reach it later.
+    #[must_use]
+    pub fn observer(mut self, observer: impl PlugObserver + 'static) -> Self {
+        self.observers.push(Arc::new(observer));
         self
     }
 
@@ -168,14 +188,29 @@ impl Builder {
         self
     }
 
-    /// The device, with all blocks unplugged.
+    /// Makes the device the one that was saved as `state`: its blocks are plugged, with contents yet to come,
+    /// slots and observers have them, and its sizes and features are those the driver knows.
+    ///
+    /// The other options must be those of the saved device; block size and requested size come from `state`
+    /// if they are not given. [`VirtioMem::activate`] then takes the queue as it was saved.
+    #[must_use]
+    pub fn restore(mut self, state: State) -> Self {
+        self.state = Some(state);
+        self
+    }
+
+    /// The device, with all blocks unplugged unless it is [restored](Self::restore).
     ///
     /// # Errors
     ///
     /// [`BuildError`] for every combination of options that could not work.
     pub fn build(self) -> Result<VirtioMem, BuildError> {
         let region_size = self.backing.len();
-        let block_size = self.block_size.unwrap_or_else(|| self.default_block_size());
+        let saved_block_size = self.state.as_ref().map(|state| state.block_size);
+        let block_size = self
+            .block_size
+            .or(saved_block_size)
+            .unwrap_or_else(|| self.default_block_size());
         let geometry = Geometry::new(self.addr.0, region_size, block_size)?;
         let page_size = self.backing.page_size();
         if block_size < page_size {
@@ -214,6 +249,11 @@ impl Builder {
             ));
         }
         check_size(&geometry, self.requested_size)?;
+        let mut observers = Observers::default();
+        for observer in self.observers {
+            observer.limits().check(&geometry)?;
+            observers.add(observer);
+        }
         let mut features = Features::VERSION_1
             | Features::RING_INDIRECT_DESC
             | Features::RING_EVENT_IDX
@@ -233,10 +273,14 @@ impl Builder {
             slots: SlotTable::new(self.slots, geometry, host_address, slot_size),
             slot_size,
             populate_threads: self.populate_threads,
+            observers,
             usable_extent,
             requested_size: self.requested_size,
         };
         let device = Arc::new_cyclic(|this| Device::new(setup, this.clone()));
+        if let Some(state) = &self.state {
+            device.restore(state)?;
+        }
         Ok(VirtioMem(device))
     }
 

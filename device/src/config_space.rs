@@ -63,6 +63,10 @@ impl ConfigSpace {
         self.generation.store(next, Ordering::Release);
     }
 
+    pub(crate) fn node_id(&self) -> u16 {
+        self.node_id
+    }
+
     pub(crate) fn generation(&self) -> u32 {
         self.generation.load(Ordering::Acquire)
     }

@@ -3,21 +3,26 @@
 use std::fmt::{self, Debug};
 use std::io;
 use std::num::NonZero;
-use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use virtio_mem_wire::{
-    Answer, BlockRange, BlockState, Features, Geometry, MutableConfig, Request, Response, Span,
-    UnknownRequest,
+    Answer, BlockMap, BlockRange, BlockState, Features, Geometry, MutableConfig, Request, Response,
+    Span, UnknownRequest,
 };
 
 use crate::access::BlockAccess;
-use crate::backing::{Backing, populate};
+use crate::backing::Backing;
+use crate::busy::{Busy, BusyCause};
 use crate::config_space::ConfigSpace;
 use crate::counters::{Counters, Totals};
-use crate::slots::{SlotError, SlotTable};
+use crate::dirty::DirtyBitmaps;
+use crate::events::SizeListeners;
+use crate::latency::Latencies;
+use crate::observers::Observers;
+use crate::resize::{Operation, ResizeState};
+use crate::slots::SlotTable;
 
 /// How the device tells the driver that something happened. The transport implements it.
 ///
@@ -43,28 +48,42 @@ pub(crate) struct Device {
     pub(crate) acknowledged: AtomicU64,
     pub(crate) totals: Totals,
     pub(crate) slot_size: u64,
-    populate_threads: Option<NonZero<usize>>,
+    pub(crate) populate_threads: Option<NonZero<usize>>,
+    pub(crate) latencies: Mutex<Latencies>,
+    pub(crate) dirty: DirtyBitmaps,
+    pub(crate) size_listeners: SizeListeners,
     /// How far the usable region reaches beyond the requested size.
     usable_extent: u64,
     core: Mutex<Core>,
+    pub(crate) busy: Mutex<Busy>,
     changed: Condvar,
     /// The epoch of the queue handler that may touch the queue. Held while it does.
     active: Mutex<Option<u64>>,
     epochs: AtomicU64,
+    /// Whether there is such a handler, for those who cannot wait until it lets go of `active`.
+    ready: AtomicBool,
+    /// How many want the queue handler to let go of the queue after the request it is at.
+    pausing: AtomicU32,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
 }
 
 /// What changes with requests and resizes, under one lock: the device does one thing at a time.
 #[derive(Debug)]
-struct Core {
-    slots: SlotTable,
-    sizes: MutableConfig,
-    frozen: bool,
+pub(crate) struct Core {
+    pub(crate) slots: SlotTable,
+    pub(crate) observers: Observers,
+    pub(crate) sizes: MutableConfig,
+    pub(crate) frozen: bool,
+    pub(crate) removed: bool,
+    /// The resize that asks for `sizes.requested_size`.
+    pub(crate) operation: Arc<Operation>,
+    /// When `sizes.plugged_size` last changed.
+    pub(crate) last_change: Instant,
     /// The last answer to the driver and when it was given.
-    last_answer: Option<(Answer, Instant)>,
-    /// BUSY was answered and the driver has not been told that trying again is worth it.
-    busy: bool,
-    failure: Option<Arc<io::Error>>,
+    pub(crate) last_answer: Option<(Answer, Instant)>,
+    /// When the driver was first refused since the last ACK or resize.
+    pub(crate) refused_since: Option<Instant>,
+    pub(crate) failure: Option<Arc<io::Error>>,
 }
 
 /// What an operator sees of a device, all at one moment.
@@ -102,9 +121,11 @@ pub enum ResetError {
 
 /// Why a request was not carried out.
 #[derive(Debug)]
-enum Refusal {
+pub(crate) enum Refusal {
     /// The guest is told so and nothing else happens.
     Answer(Response),
+    /// It could be done at another time.
+    Busy(BusyCause),
     /// The host could not do it; everything was undone, or `failure` of the core says what was not.
     Host(&'static str, io::Error),
 }
@@ -125,6 +146,7 @@ pub(crate) struct Setup {
     pub(crate) slots: SlotTable,
     pub(crate) slot_size: u64,
     pub(crate) populate_threads: Option<NonZero<usize>>,
+    pub(crate) observers: Observers,
     pub(crate) usable_extent: u64,
     pub(crate) requested_size: u64,
 }
@@ -134,7 +156,7 @@ impl Device {
         let geometry = setup.geometry;
         let on_unpinned = move || {
             if let Some(device) = this.upgrade() {
-                device.notify_if_was_busy();
+                device.end_busy(BusyCause::Pinned);
             }
         };
         let access = BlockAccess::new(geometry.block_count(), Box::new(on_unpinned));
@@ -148,18 +170,28 @@ impl Device {
             totals: Totals::default(),
             slot_size: setup.slot_size,
             populate_threads: setup.populate_threads,
+            latencies: Mutex::default(),
+            dirty: DirtyBitmaps::default(),
+            size_listeners: SizeListeners::default(),
             usable_extent: setup.usable_extent,
             core: Mutex::new(Core {
                 slots: setup.slots,
+                observers: setup.observers,
                 sizes: MutableConfig::default(),
                 frozen: false,
+                removed: false,
+                operation: Operation::new(setup.requested_size),
+                last_change: Instant::now(),
                 last_answer: None,
-                busy: false,
+                refused_since: None,
                 failure: None,
             }),
+            busy: Mutex::default(),
             changed: Condvar::new(),
             active: Mutex::new(None),
             epochs: AtomicU64::new(0),
+            ready: AtomicBool::new(false),
+            pausing: AtomicU32::new(0),
             interrupt: Mutex::new(None),
         };
         device.set_requested(&mut device.lock(), setup.requested_size);
@@ -177,7 +209,9 @@ impl Device {
                 return Response::Error;
             }
         };
+        let started = Instant::now();
         let mut core = self.lock();
+        let held_before = self.holdings(&core);
         let result = match request {
             Request::Plug(span) => self.plug(&mut core, span),
             Request::Unplug(span) => self.unplug(&mut core, span),
@@ -186,35 +220,63 @@ impl Device {
         };
         let response = result.unwrap_or_else(|refusal| match refusal {
             Refusal::Answer(response) => response,
+            Refusal::Busy(cause) => {
+                self.begin_busy(cause);
+                Response::Busy
+            }
             Refusal::Host(what, error) => {
                 if self.totals.host_failures.count() {
                     log::warn!("{request:?}: {what}: {error}");
                 }
+                self.begin_busy(BusyCause::Host);
                 Response::Busy
             }
         });
         let answer = response.answer();
-        self.totals.count_request(request.kind(), answer);
         if !matches!(request, Request::State(_)) {
-            core.last_answer = Some((answer, Instant::now()));
-            core.busy |= answer == Answer::Busy;
-            self.config.publish(core.sizes);
-            self.changed.notify_all();
+            let now = Instant::now();
+            core.last_answer = Some((answer, now));
+            core.refused_since = match answer {
+                Answer::Ack => None,
+                Answer::Nack | Answer::Busy | Answer::Error => core.refused_since.or(Some(now)),
+            };
+            self.publish(&mut core);
+        }
+        let gave_back = held_before
+            .iter()
+            .zip(self.holdings(&core))
+            .any(|(before, after)| after < *before);
+        drop(core);
+        self.count(request.kind(), answer, started.elapsed());
+        if gave_back {
+            self.end_busy(BusyCause::Host);
+        }
+        if !self.access.is_wanted() {
+            // The last pin may have gone between the refusal and `begin_busy`.
+            self.end_busy(BusyCause::Pinned);
         }
         response
+    }
+
+    /// What the device holds of the host's: bytes, slots, and mappings.
+    fn holdings(&self, core: &Core) -> [u64; 3] {
+        [
+            core.sizes.plugged_size,
+            core.slots.mapped_count(),
+            self.access.with_plugged(BlockMap::run_count),
+        ]
     }
 
     /// System reset: all blocks are unplugged (D-22), and the usable region is cut to what is requested.
     pub(crate) fn system_reset(&self) -> Result<(), ResetError> {
         let mut core = self.lock();
         let result = self.unplug_all(&mut core);
-        self.config.publish(core.sizes);
-        self.changed.notify_all();
+        self.publish(&mut core);
         match result {
             Ok(_) => Ok(()),
             Err(Refusal::Host(_, error)) => Err(ResetError::Host(error)),
-            Err(Refusal::Answer(_)) if core.frozen => Err(ResetError::Frozen),
-            Err(Refusal::Answer(_)) => Err(ResetError::InUse),
+            Err(Refusal::Busy(BusyCause::Frozen)) => Err(ResetError::Frozen),
+            Err(Refusal::Busy(_) | Refusal::Answer(_)) => Err(ResetError::InUse),
         }
     }
 
@@ -229,26 +291,7 @@ impl Device {
         }
         self.check_available(core)?;
         self.check_runs(range, true)?;
-        let bytes = self.bytes_of(range);
-        self.backing
-            .open(bytes.clone())
-            .map_err(|error| Refusal::Host("opening memory", error))?;
-        // A slot that was there before has shown the guest the open blocks: nothing may stay of them.
-        let take_back = || {
-            self.backing.close(bytes.clone())?;
-            self.backing.discard(bytes.clone())
-        };
-        if let Some(threads) = self.populate_threads
-            && let Err(error) = populate(&*self.backing, bytes.clone(), threads)
-        {
-            return Err(self.refuse(core, "populating memory", error, true, take_back()));
-        }
-        if let Err(error) = core.slots.add(range) {
-            let SlotError { source, undone } = error;
-            return Err(self.refuse(core, "mapping a slot", source, undone, take_back()));
-        }
-        self.access.grant(range);
-        core.sizes.plugged_size = plugged_size;
+        self.give(core, range)?;
         Ok(Response::Ack)
     }
 
@@ -282,90 +325,6 @@ impl Device {
         Ok(Response::AckState(state))
     }
 
-    /// Unplugs the plugged `runs`, which lie in `hull`, from users, guest and host, or nothing of them.
-    ///
-    /// Closing comes first and giving back last: a vCPU that races this cannot fault pages back in, and
-    /// nothing that can fail is left to do once contents are gone.
-    fn take_away(
-        &self,
-        core: &mut Core,
-        hull: BlockRange,
-        runs: &[BlockRange],
-    ) -> Result<(), Refusal> {
-        let bytes = self.bytes_of(hull);
-        self.access.revoke(hull).map_err(|_pinned| Response::Busy)?;
-        if let Err(error) = self.backing.close(bytes.clone()) {
-            self.grant_all(runs);
-            return Err(Refusal::Host("closing memory", error));
-        }
-        for (done, run) in runs.iter().enumerate() {
-            if let Err(error) = core.slots.remove(*run) {
-                let restored = self.give_again(core, &runs[..done], runs);
-                return Err(self.refuse(
-                    core,
-                    "removing a slot",
-                    error.source,
-                    error.undone,
-                    restored,
-                ));
-            }
-        }
-        if let Err(error) = self.backing.discard(bytes) {
-            let restored = self.give_again(core, runs, runs);
-            return Err(self.refuse(core, "giving memory back", error, true, restored));
-        }
-        let blocks = runs.iter().map(|run| run.count).sum();
-        core.sizes.plugged_size = core
-            .sizes
-            .plugged_size
-            .saturating_sub(self.geometry.bytes(blocks));
-        Ok(())
-    }
-
-    /// Undoes `take_away` after it has closed all `runs` and removed the slots of the first of them.
-    fn give_again(
-        &self,
-        core: &mut Core,
-        without_slots: &[BlockRange],
-        runs: &[BlockRange],
-    ) -> io::Result<()> {
-        for run in runs {
-            self.backing.open(self.bytes_of(*run))?;
-        }
-        for run in without_slots {
-            core.slots.add(*run).map_err(|error| error.source)?;
-        }
-        self.grant_all(runs);
-        Ok(())
-    }
-
-    fn grant_all(&self, runs: &[BlockRange]) {
-        for run in runs {
-            self.access.grant(*run);
-        }
-    }
-
-    /// A refusal for `error`; if undoing what came before it failed, the device takes no more requests.
-    fn refuse(
-        &self,
-        core: &mut Core,
-        what: &'static str,
-        error: io::Error,
-        undone: bool,
-        restored: io::Result<()>,
-    ) -> Refusal {
-        let failure = match restored {
-            Err(error) => Some(error),
-            Ok(()) if !undone => Some(io::Error::other("a memory slot could not be restored")),
-            Ok(()) => None,
-        };
-        if let Some(failure) = failure {
-            log::error!("{what} failed and could not be undone, the device stops: {failure}");
-            core.failure = Some(Arc::new(failure));
-        }
-        Refusal::Host(what, error)
-    }
-
     /// The blocks of `span`, all of which must be in state `wanted` (D-26, D-27, D-33, D-34).
     fn locate(&self, core: &Core, span: Span, wanted: BlockState) -> Result<BlockRange, Refusal> {
         let range = self.locate_any(core, span)?;
@@ -383,8 +342,9 @@ impl Device {
     }
 
     fn check_available(&self, core: &Core) -> Result<(), Refusal> {
-        match core.frozen || core.failure.is_some() {
-            true => Err(Response::Busy.into()),
+        match core.frozen {
+            true => Err(Refusal::Busy(BusyCause::Frozen)),
+            false if core.failure.is_some() => Err(Refusal::Busy(BusyCause::Failed)),
             false => Ok(()),
         }
     }
@@ -403,10 +363,6 @@ impl Device {
         }
     }
 
-    fn bytes_of(&self, range: BlockRange) -> Range<u64> {
-        self.geometry.bytes(range.first)..self.geometry.bytes(range.end())
-    }
-
     /// The usable region for a requested size (D-04, N-04): room for whole memory blocks of the guest
     /// around the requested size, so that the driver is free where to plug.
     fn usable_for(&self, requested_size: u64) -> u64 {
@@ -418,34 +374,30 @@ impl Device {
         }
     }
 
-    fn set_requested(&self, core: &mut Core, requested_size: u64) {
+    /// Sets the requested size, which the caller has checked; the driver is to be told without the lock.
+    pub(crate) fn set_requested(&self, core: &mut Core, requested_size: u64) {
         core.sizes.requested_size = requested_size;
+        core.refused_since = None;
         // Grows at once, shrinks with UNPLUG ALL only (D-08).
         let usable = self.usable_for(requested_size);
         core.sizes.usable_region_size = core.sizes.usable_region_size.max(usable);
+        self.publish(core);
+    }
+
+    /// Lets everybody see the sizes as they are now: driver, waiters, listeners, and the resize under way.
+    pub(crate) fn publish(&self, core: &mut Core) {
+        let before = self.config.load();
+        if core.sizes.plugged_size != before.plugged_size {
+            core.last_change = Instant::now();
+        }
+        if core.sizes.plugged_size == core.sizes.requested_size {
+            core.operation.end(ResizeState::Settled);
+        }
         self.config.publish(core.sizes);
         self.changed.notify_all();
-    }
-
-    /// Sets the requested size, which the caller has checked, and tells the driver (D-09).
-    pub(crate) fn resize(&self, requested_size: u64) {
-        self.set_requested(&mut self.lock(), requested_size);
-        self.notify_config();
-    }
-
-    pub(crate) fn set_frozen(&self, frozen: bool) {
-        self.lock().frozen = frozen;
-        if !frozen {
-            self.notify_if_was_busy();
-        }
-    }
-
-    /// One config-change notification after BUSY, once its cause is gone: Linux tries again at once then,
-    /// and after 50 to 300 s else.
-    pub(crate) fn notify_if_was_busy(&self) {
-        let was_busy = std::mem::take(&mut self.lock().busy);
-        if was_busy {
-            self.notify_config();
+        if core.sizes != before {
+            self.size_listeners.signal();
+            self.publish_gauges(&core.sizes);
         }
     }
 
@@ -460,17 +412,23 @@ impl Device {
         Self::status_of(&self.lock())
     }
 
-    /// Waits until `done` says so of the status, or until `deadline`; the status then, and whether it is done.
-    pub(crate) fn wait(&self, deadline: Instant, done: impl Fn(&Status) -> bool) -> (Status, bool) {
+    /// Waits until `done` says so of a snapshot, or until `deadline`; the snapshot then, and whether it is
+    /// done.
+    pub(crate) fn wait_for<T>(
+        &self,
+        deadline: Instant,
+        snapshot: impl Fn(&Core) -> T,
+        done: impl Fn(&T) -> bool,
+    ) -> (T, bool) {
         let mut core = self.lock();
         loop {
-            let status = Self::status_of(&core);
+            let now = snapshot(&core);
             let left = deadline.saturating_duration_since(Instant::now());
-            if done(&status) {
-                return (status, true);
+            if done(&now) {
+                return (now, true);
             }
             if left.is_zero() {
-                return (status, false);
+                return (now, false);
             }
             core = match self.changed.wait_timeout(core, left) {
                 Ok((core, _)) => core,
@@ -479,7 +437,7 @@ impl Device {
         }
     }
 
-    fn status_of(core: &Core) -> Status {
+    pub(crate) fn status_of(core: &Core) -> Status {
         Status {
             requested_size: core.sizes.requested_size,
             plugged_size: core.sizes.plugged_size,
@@ -500,13 +458,39 @@ impl Device {
         let epoch = self.epochs.fetch_add(1, Ordering::Relaxed);
         *self.lock_active() = Some(epoch);
         *self.lock_interrupt() = Some(interrupt);
+        self.ready.store(true, Ordering::Release);
+        self.publish_gauges(&self.config.load());
+        // A driver that was answered BUSY where this device was saved is told here.
+        self.end_busy(BusyCause::Frozen);
         epoch
     }
 
-    /// After this no queue handler touches a queue.
+    /// After this no queue handler touches a queue; it finishes the request it is at.
     pub(crate) fn stop(&self) {
+        self.pause();
         *self.lock_active() = None;
+        self.resume();
+        self.ready.store(false, Ordering::Release);
         *self.lock_interrupt() = None;
+        self.forget_busy();
+    }
+
+    /// From here to [`resume`](Self::resume) the queue handler begins no other request.
+    pub(crate) fn pause(&self) {
+        self.pausing.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn resume(&self) {
+        self.pausing.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_pausing(&self) -> bool {
+        self.pausing.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether a driver is being served. Never waits.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
     }
 
     pub(crate) fn is_active(&self) -> bool {
@@ -528,7 +512,7 @@ impl Device {
 
     // None of these locks is held across anything that panics on what a guest does; should a trait of the
     // VMM panic, what it left is still consistent, because each step is complete before the next.
-    fn lock(&self) -> MutexGuard<'_, Core> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -548,7 +532,10 @@ impl Drop for Device {
         let runs: Vec<_> = self.access.with_plugged(|plugged| plugged.runs().collect());
         let mut core = self.lock();
         for run in runs {
-            // The backing goes away with the device, so the guest may not see it any longer.
+            // The backing goes away with the device, so nobody may see it any longer.
+            if let Err(error) = core.observers.unplugging(&self.run(run)) {
+                log::error!("an observer keeps memory of a dropped device: {error}");
+            }
             if let Err(error) = core.slots.remove(run) {
                 log::error!("cannot remove a memory slot of a dropped device: {error}");
             }

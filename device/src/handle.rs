@@ -6,8 +6,14 @@ use std::time::Instant;
 
 use virtio_mem_wire::{BlockMap, Geometry};
 
+use crate::busy::BusyCause;
 use crate::counters::Counters;
 use crate::device::{Device, Status};
+use crate::events::SizeEvents;
+use crate::latency::Latencies;
+use crate::observers::{ObserverError, ObserverId, PlugObserver, Run};
+use crate::resize::Resize;
+use crate::state::{SaveError, State};
 
 /// Resizes a device and tells how it is. Cheap to clone, usable from any thread.
 #[derive(Clone, Debug)]
@@ -32,19 +38,22 @@ pub enum ResizeError {
         /// Bytes in the region.
         region_size: u64,
     },
+    /// See [`VirtioMem::try_remove`](crate::VirtioMem::try_remove).
+    #[error("the device is removed")]
+    Removed,
 }
 
 impl Handle {
     /// Asks the driver to have `size` bytes plugged. Takes effect when the driver acts; a driver that is not
     /// there yet finds it when it comes.
     ///
+    /// What is returned watches the resize, waits for it or cancels it, and may as well be dropped.
+    ///
     /// # Errors
     ///
     /// [`ResizeError`]; nothing has changed then.
-    pub fn resize(&self, size: u64) -> Result<(), ResizeError> {
-        check_size(&self.0.geometry, size)?;
-        self.0.resize(size);
-        Ok(())
+    pub fn resize(&self, size: u64) -> Result<Resize, ResizeError> {
+        self.0.resize(size)
     }
 
     /// The device as it is now.
@@ -63,7 +72,7 @@ impl Handle {
         deadline: Instant,
         done: impl Fn(&Status) -> bool,
     ) -> Result<Status, Status> {
-        match self.0.wait(deadline, done) {
+        match self.0.wait_for(deadline, Device::status_of, done) {
             (status, true) => Ok(status),
             (status, false) => Err(status),
         }
@@ -81,6 +90,61 @@ impl Handle {
         self.0.set_frozen(false);
     }
 
+    /// Tells a driver that was answered BUSY because the host or an observer refused that trying again is
+    /// worth it. Without this it hears of what the device itself gives back only.
+    ///
+    /// For a VMM that has made room, and for observers that have. Never waits for a request.
+    pub fn retry(&self) {
+        self.0.end_busy(BusyCause::Host);
+    }
+
+    /// Adds an observer, and tells it of every run that is plugged already.
+    ///
+    /// # Errors
+    ///
+    /// [`ObserverError`]; the observer then has nothing mapped.
+    pub fn add_observer(
+        &self,
+        observer: impl PlugObserver + 'static,
+    ) -> Result<ObserverId, ObserverError> {
+        self.0.add_observer(Arc::new(observer))
+    }
+
+    /// Removes an observer after it has let go of every run.
+    ///
+    /// # Errors
+    ///
+    /// [`ObserverError`]; it stays then.
+    pub fn remove_observer(&self, id: ObserverId) -> Result<(), ObserverError> {
+        self.0.remove_observer(id)
+    }
+
+    /// A descriptor that becomes readable when a size changes, for event loops.
+    ///
+    /// # Errors
+    ///
+    /// If there are no descriptors left.
+    pub fn size_events(&self) -> io::Result<SizeEvents> {
+        SizeEvents::new(Arc::clone(&self.0))
+    }
+
+    /// The device as data, from which [`Builder::restore`](crate::Builder::restore) makes it again.
+    ///
+    /// # Errors
+    ///
+    /// [`SaveError`] unless it is [frozen](Self::freeze) or no driver is served.
+    pub fn save(&self) -> Result<State, SaveError> {
+        self.0.save()
+    }
+
+    /// The plugged blocks as runs of addresses, ascending: what a RAM stream has to send.
+    ///
+    /// They stay as they are while the device is [frozen](Self::freeze).
+    #[must_use]
+    pub fn plugged_runs(&self) -> Vec<Run> {
+        self.0.runs()
+    }
+
     /// The plugged blocks.
     #[must_use]
     pub fn plugged(&self) -> BlockMap {
@@ -93,13 +157,21 @@ impl Handle {
     ///
     /// Whatever the host says.
     pub fn resident_bytes(&self) -> io::Result<u64> {
-        self.0.backing.resident_bytes()
+        let bytes = self.0.backing.resident_bytes()?;
+        self.0.publish_resident(bytes);
+        Ok(bytes)
     }
 
     /// What the device has counted so far.
     #[must_use]
     pub fn counters(&self) -> Counters {
         self.0.counters()
+    }
+
+    /// How long requests have taken so far.
+    #[must_use]
+    pub fn latencies(&self) -> Latencies {
+        self.0.latencies()
     }
 
     /// Block size, address and size of the region.

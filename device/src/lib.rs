@@ -12,7 +12,10 @@
 //! | what becomes of the memory | [`Backing`], `backing/` |
 //! | what the guest's CPUs can reach | [`SlotMapper`], `slots.rs` |
 //! | what the VMM's other devices can reach | [`MemoryRegion`], `access.rs` |
-//! | resizing | [`Handle`] |
+//! | who else keeps a map of the memory | [`PlugObserver`], `transition.rs` |
+//! | resizing | [`Handle`], [`Resize`], [`split()`] |
+//! | saving and restoring | [`State`], [`Handle::plugged_runs`], [`DeviceRegion::dirty_bitmap`] |
+//! | a thread of its own | [`QueueHandler::spawn`] |
 //!
 //! # Example
 //!
@@ -37,20 +40,33 @@
 mod access;
 mod backing;
 mod builder;
+mod busy;
 mod config_space;
 mod counters;
 mod device;
+mod dirty;
+mod events;
 mod handle;
 #[cfg(feature = "kvm")]
 mod kvm;
+mod latency;
+mod metrics;
+mod observers;
 mod queue;
 mod region;
+mod removal;
+mod resize;
 mod slots;
+mod split;
+mod state;
+mod transition;
+mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueT};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -58,16 +74,25 @@ pub use backing::{Anonymous, Backing, Hugetlb, Memfd, PrivateFile};
 pub use builder::{BuildError, Builder};
 pub use counters::Counters;
 pub use device::{Interrupt, ResetError, Status};
+pub use events::SizeEvents;
 pub use handle::{Handle, ResizeError};
 #[cfg(feature = "kvm")]
 pub use kvm::KvmSlots;
+pub use latency::{Histogram, Latencies};
+pub use observers::{Granularity, MappingLimits, ObserverError, ObserverId, PlugObserver, Run};
 pub use queue::{QueueHandler, Served};
 pub use region::{DeviceRegion, MemoryRegion, PinningBitmap, PinningSlice};
+pub use removal::{RemoveError, RemoveRefusal};
+pub use resize::{Progress, Resize, ResizeState, WaitError};
 pub use slots::{NoSlots, Slot, SlotMapper};
+pub use split::{Deviation, Share, Split, split};
+pub use state::{RestoreError, SaveError, State};
 pub use virtio_mem_wire as wire;
 use wire::{Features, Geometry};
+pub use worker::{Worker, WorkerDied};
 
 use crate::device::Device;
+use crate::dirty::MarkDirty;
 
 /// A virtio memory device. Cheap to clone; all clones are the same device.
 ///
@@ -119,9 +144,13 @@ impl VirtioMem {
     }
 
     /// The region for the VMM's vm-memory collection; it refuses unplugged blocks. `bitmap` records what the
-    /// VMM writes, offset 0 being the start of the region; `()` if nobody asks.
-    pub fn region<B>(&self, bitmap: B) -> MemoryRegion<B> {
+    /// VMM writes and which blocks came and went, offset 0 being the start of the region; `()` if nobody
+    /// asks.
+    pub fn region<B: Bitmap + Send + Sync + 'static>(&self, bitmap: B) -> MemoryRegion<B> {
         let device = &self.0;
+        let bitmap = Arc::new(bitmap);
+        let marked: Arc<dyn MarkDirty> = Arc::<B>::clone(&bitmap);
+        device.dirty.add(Arc::downgrade(&marked));
         MemoryRegion::Device(DeviceRegion::new(
             device.geometry,
             Arc::clone(&device.backing),

@@ -30,7 +30,7 @@ pub struct QueueHandler<M> {
 pub enum Served {
     /// All are served, the driver notifies for the next.
     All,
-    /// There are more; call again.
+    /// There may be more; call again.
     More,
     /// The device was reset, this handler has nothing to do any more.
     Stopped,
@@ -62,6 +62,17 @@ impl<M: GuestAddressSpace> QueueHandler<M> {
         served.unwrap_or(Served::Stopped)
     }
 
+    /// The queue, with its indexes, for a VMM that saves it.
+    #[must_use]
+    pub fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// The device whose queue this is.
+    pub(crate) fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
     fn serve_batch(&mut self, memory: &M::M) -> Served {
         let used_before = self.queue.next_used();
         let result = self.try_serve_batch(memory);
@@ -81,7 +92,14 @@ impl<M: GuestAddressSpace> QueueHandler<M> {
         let mut budget = self.queue.size();
         loop {
             self.queue.disable_notification(memory)?;
-            while let Some(chain) = self.queue.iter(memory)?.next() {
+            loop {
+                // Whoever waits for the queue waits for one request, not for all there are.
+                if self.device.is_pausing() {
+                    return Ok(Served::More);
+                }
+                let Some(chain) = self.queue.iter(memory)?.next() else {
+                    break;
+                };
                 let head = chain.head_index();
                 let written = self.serve_chain(memory, &chain);
                 self.queue.add_used(memory, head, written)?;

@@ -47,7 +47,7 @@ impl<B> DeviceRegion<B> {
         geometry: Geometry,
         backing: Arc<dyn Backing>,
         access: Arc<BlockAccess>,
-        bitmap: B,
+        bitmap: Arc<B>,
     ) -> Self {
         Self {
             geometry,
@@ -56,6 +56,14 @@ impl<B> DeviceRegion<B> {
             bitmap: PinningBitmap(bitmap),
         }
     }
+
+    /// The dirty bitmap given to [`VirtioMem::region`](crate::VirtioMem::region), for a RAM stream to harvest.
+    ///
+    /// Besides what the VMM's devices write, each block that was plugged or unplugged is dirty as a whole: a
+    /// dirty page of a plugged block is sent, one of an unplugged block is discarded on the other side.
+    pub fn dirty_bitmap(&self) -> &B {
+        &self.bitmap.0
+    }
 }
 
 /// A dirty bitmap whose slices keep the blocks they belong to plugged.
@@ -63,7 +71,7 @@ impl<B> DeviceRegion<B> {
 /// vm-memory hands a bitmap slice along with every volatile slice and with every part split off it, which is
 /// just how long a block must stay.
 #[derive(Debug)]
-pub struct PinningBitmap<B>(B);
+pub struct PinningBitmap<B>(Arc<B>);
 
 /// A slice of a [`PinningBitmap`].
 #[derive(Clone, Debug)]

@@ -5,6 +5,8 @@ use std::io;
 
 use virtio_mem_wire::{BlockRange, Geometry};
 
+use crate::transition::StepError;
+
 /// One memory slot of the hypervisor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
@@ -96,7 +98,7 @@ impl SlotTable {
     /// Counts the blocks of `range` in and maps the slots that get their first block with it.
     ///
     /// On an error everything is as before, unless the error says otherwise.
-    pub(crate) fn add(&mut self, range: BlockRange) -> Result<(), SlotError> {
+    pub(crate) fn add(&mut self, range: BlockRange) -> Result<(), StepError> {
         for (done, (slot, blocks)) in self.parts(range).enumerate() {
             if self.plugged[slot] == 0
                 && let Err(source) = self.mapper.map(&self.slot(slot))
@@ -113,7 +115,7 @@ impl SlotTable {
     /// block with it.
     ///
     /// On an error everything is as before, unless the error says otherwise.
-    pub(crate) fn remove(&mut self, range: BlockRange) -> Result<(), SlotError> {
+    pub(crate) fn remove(&mut self, range: BlockRange) -> Result<(), StepError> {
         for (done, (slot, blocks)) in self.parts(range).enumerate() {
             if self.plugged[slot] == blocks
                 && let Err(source) = self.mapper.unmap(&self.slot(slot))
@@ -133,7 +135,7 @@ impl SlotTable {
         done: usize,
         source: io::Error,
         removed: bool,
-    ) -> SlotError {
+    ) -> StepError {
         let mut undone = true;
         for (slot, blocks) in self.parts(range).take(done) {
             let (alone, result) = match removed {
@@ -159,7 +161,7 @@ impl SlotTable {
                 }
             }
         }
-        SlotError { source, undone }
+        StepError { source, undone }
     }
 
     fn slot(&self, index: usize) -> Slot {
@@ -192,13 +194,4 @@ impl SlotTable {
             Some((usize::try_from(slot).ok()?, blocks))
         })
     }
-}
-
-/// The hypervisor refused a slot.
-#[derive(Debug, thiserror::Error)]
-#[error("memory slot: {source}")]
-pub(crate) struct SlotError {
-    pub(crate) source: io::Error,
-    /// Whether everything is as before.
-    pub(crate) undone: bool,
 }

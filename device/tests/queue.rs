@@ -346,3 +346,19 @@ fn requests_are_counted_by_kind_and_answer() {
     assert_eq!(counters.requests.iter().flatten().sum::<u64>(), 7);
     assert_eq!(counters.used_notifications, 7);
 }
+
+#[test]
+fn latencies_are_counted_by_kind_and_answer() {
+    let mut rig = Rig::new();
+    rig.plug(0, 1);
+    rig.plug(0, 1);
+    rig.state(0, 1);
+    rig.state(0, 1);
+    let latencies = rig.handle.latencies();
+    assert_eq!(latencies.of(RequestKind::Plug, Answer::Ack).count(), 1);
+    assert_eq!(latencies.of(RequestKind::Plug, Answer::Error).count(), 1);
+    let state = latencies.of(RequestKind::State, Answer::Ack);
+    assert_eq!(state.count(), 2);
+    assert!(state.max <= state.total);
+    assert!(state.percentile(50) <= state.max);
+}

@@ -122,7 +122,7 @@ impl Fault {
         *self.0.lock().unwrap() = outcomes.iter().rev().copied().collect();
     }
 
-    fn check(&self) -> io::Result<()> {
+    pub fn check(&self) -> io::Result<()> {
         match self.0.lock().unwrap().pop() {
             Some(false) => Err(io::Error::from_raw_os_error(libc::ENOMEM)),
             _ => Ok(()),

@@ -3,6 +3,8 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
+use thiserror::Error;
+
 use crate::{BlockRange, BlockState};
 
 const BITS: u64 = u64::BITS as u64;
@@ -20,6 +22,25 @@ pub struct BlockMap {
     run_count: u64,
 }
 
+/// Words that are no map of so many blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum BlockMapError {
+    /// Too few or too many of them.
+    #[error("{words} words for {len} blocks")]
+    Length {
+        /// Number of words.
+        words: usize,
+        /// Number of blocks.
+        len: u64,
+    },
+    /// Bits are set behind the last block.
+    #[error("bits {bits:#x} are set behind the last block")]
+    TrailingBits {
+        /// Those bits of the last word.
+        bits: u64,
+    },
+}
+
 #[expect(
     clippy::arithmetic_side_effects,
     clippy::cast_possible_truncation,
@@ -35,6 +56,45 @@ impl BlockMap {
             count: 0,
             run_count: 0,
         }
+    }
+
+    /// A set over blocks `0 .. len`, saved as [`words`](Self::words).
+    ///
+    /// # Errors
+    ///
+    /// [`BlockMapError`] if the words are not those of such a set.
+    pub fn from_words(len: u64, words: &[u64]) -> Result<Self, BlockMapError> {
+        if words.len() as u64 != len.div_ceil(BITS) {
+            return Err(BlockMapError::Length {
+                words: words.len(),
+                len,
+            });
+        }
+        let used = match len % BITS {
+            0 => u64::MAX,
+            rest => (1 << rest) - 1,
+        };
+        let bits = words.last().map_or(0, |last| last & !used);
+        if bits != 0 {
+            return Err(BlockMapError::TrailingBits { bits });
+        }
+        let mut map = Self {
+            words: words.to_vec(),
+            len,
+            count: words.iter().map(|w| u64::from(w.count_ones())).sum(),
+            run_count: 0,
+        };
+        map.run_count = map.run_starts_in(BlockRange {
+            first: 0,
+            count: len,
+        });
+        Ok(map)
+    }
+
+    /// The set as bits: block `i` is bit `i % 64` of word `i / 64`. Unused bits are zero.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
     }
 
     /// Number of blocks there are, in the set or not.
@@ -261,6 +321,19 @@ mod tests {
         assert_eq!(map.next(u64::MAX, false), None);
     }
 
+    #[test]
+    fn words_of_another_length_or_with_trailing_bits_are_refused() {
+        assert_eq!(
+            BlockMap::from_words(70, &[0]),
+            Err(BlockMapError::Length { words: 1, len: 70 })
+        );
+        assert_eq!(
+            BlockMap::from_words(70, &[0, 1 << 6 | 1]),
+            Err(BlockMapError::TrailingBits { bits: 1 << 6 })
+        );
+        assert_eq!(BlockMap::from_words(0, &[]), Ok(BlockMap::new(0)));
+    }
+
     proptest! {
         #[test]
         fn agrees_with_a_vector_of_booleans(
@@ -296,6 +369,7 @@ mod tests {
                     prop_assert_eq!(map.next(i, false), next_absent);
                 }
             }
+            prop_assert_eq!(BlockMap::from_words(len, map.words()), Ok(map.clone()));
             map.clear();
             prop_assert_eq!(map, BlockMap::new(len));
         }

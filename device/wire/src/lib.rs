@@ -32,7 +32,7 @@ mod request;
 mod response;
 
 #[cfg(any(test, feature = "alloc"))]
-pub use block_map::BlockMap;
+pub use block_map::{BlockMap, BlockMapError};
 pub use config::{Config, ConfigError, Field, MutableConfig};
 pub use features::Features;
 pub use geometry::{BlockRange, Geometry, GeometryError, RangeError, Spans};
