@@ -90,6 +90,11 @@ enum Backing {
     Anon,
     /// Private anonymous memory, transparent huge pages
     Thp,
+    /// Shared memory (memfd), base pages
+    Memfd,
+    /// Huge pages of 2 MiB from the host's pool
+    #[value(name = "hugetlb-2m")]
+    Hugetlb2m,
 }
 
 fn parse_size(text: &str) -> Result<u64, parse_size::Error> {
@@ -123,6 +128,8 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         backing: match args.backing {
             Backing::Anon => BackingKind::Anon,
             Backing::Thp => BackingKind::Thp,
+            Backing::Memfd => BackingKind::Memfd,
+            Backing::Hugetlb2m => BackingKind::Hugetlb2m,
         },
         targets: args.targets.clone(),
         vcpu_count: args.vcpus,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use thiserror::Error;
-use virtio_mem::{Anonymous, Counters, Handle, VirtioMem};
+use virtio_mem::{Anonymous, Backing, Counters, Handle, Hugetlb, Memfd, VirtioMem};
 use virtio_mem_wire::{Answer, Geometry, RequestKind};
 use vm_memory::GuestAddress;
 
@@ -62,6 +62,21 @@ pub enum BackingKind {
     Anon,
     /// Private anonymous memory in transparent huge pages.
     Thp,
+    /// Shared memory in base pages.
+    Memfd,
+    /// 2 MiB pages from the host's pool.
+    Hugetlb2m,
+}
+
+impl BackingKind {
+    fn map(self, region: u64) -> io::Result<Box<dyn Backing>> {
+        Ok(match self {
+            Self::Anon => Box::new(Anonymous::base_pages(region)?),
+            Self::Thp => Box::new(Anonymous::thp(region)?),
+            Self::Memfd => Box::new(Memfd::new(region)?),
+            Self::Hugetlb2m => Box::new(Hugetlb::pages_2m(region)?),
+        })
+    }
 }
 
 /// The demonstration did not come to its end.
@@ -96,6 +111,17 @@ pub enum DemoError {
     /// The host does not have what the region needs.
     #[error("host memory for a region of {0}")]
     Backing(String, #[source] io::Error),
+    /// The pool of huge pages does not hold the largest target.
+    #[error(
+        "{needed} huge pages of 2 MiB are needed and {free} are free; \
+         as root: echo {needed} > /proc/sys/vm/nr_hugepages"
+    )]
+    HugePages {
+        /// For the largest target.
+        needed: u64,
+        /// What the host has.
+        free: u64,
+    },
     /// Memory could not be measured, or the output not be written.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -186,10 +212,8 @@ pub struct Rogue {
 /// [`DemoError`]: bad options, a guest that does not start or get on, or a failed check with its name.
 pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoError> {
     check_options(options)?;
-    let backing = match options.backing {
-        BackingKind::Anon => Anonymous::base_pages(options.region),
-        BackingKind::Thp => Anonymous::thp(options.region),
-    };
+    check_pool(options)?;
+    let backing = options.backing.map(options.region);
     let backing =
         backing.map_err(|error| DemoError::Backing(table::size(options.region), error))?;
     let device =
@@ -263,6 +287,26 @@ fn check_options(options: &DemoOptions) -> Result<(), DemoError> {
         }
     }
     Ok(())
+}
+
+/// Plugging more than the pool of huge pages holds is BUSY, and the demonstration would wait for somebody to
+/// fill it.
+fn check_pool(options: &DemoOptions) -> Result<(), DemoError> {
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    if options.backing != BackingKind::Hugetlb2m {
+        return Ok(());
+    }
+    let text = std::fs::read_to_string(POOL).unwrap_or_default();
+    let free: u64 = text.trim().parse().unwrap_or(0);
+    let needed = options
+        .targets
+        .iter()
+        .max()
+        .map_or(0, |most| most.div_ceil(2 << 20));
+    match free < needed {
+        true => Err(DemoError::HugePages { needed, free }),
+        false => Ok(()),
+    }
 }
 
 /// The running totals at one moment.
