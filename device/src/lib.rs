@@ -94,6 +94,11 @@ pub use worker::{Worker, WorkerDied};
 use crate::device::Device;
 use crate::dirty::MarkDirty;
 
+/// The example of the README, as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 /// A virtio memory device. Cheap to clone; all clones are the same device.
 ///
 /// These are the calls a transport makes. [`handle`](Self::handle) is for whoever resizes.
