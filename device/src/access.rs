@@ -19,8 +19,24 @@ pub(crate) struct BlockAccess {
 struct State {
     plugged: BlockMap,
     pinned: Vec<BlockRange>,
-    /// An unplug was refused because of a pin; whoever drops the last pin calls `on_unpinned`.
-    wanted: bool,
+    /// What could not be unplugged because of pins; whoever drops the last pin in it calls `on_unpinned`.
+    wanted: Option<BlockRange>,
+}
+
+impl State {
+    fn is_pinned(&self, range: BlockRange) -> bool {
+        let overlaps = |pin: &BlockRange| pin.first < range.end() && range.first < pin.end();
+        self.pinned.iter().any(overlaps)
+    }
+}
+
+/// The smallest range that has both in it.
+fn hull(one: BlockRange, other: BlockRange) -> BlockRange {
+    let first = one.first.min(other.first);
+    BlockRange {
+        first,
+        count: one.end().max(other.end()) - first,
+    }
 }
 
 /// Keeps the blocks of a range plugged until it is dropped.
@@ -35,14 +51,14 @@ pub(crate) struct Pin {
 pub(crate) struct Pinned;
 
 impl BlockAccess {
-    /// No block is plugged. `on_unpinned` is called when, after a refused [`revoke`](Self::revoke), the last
-    /// pin is gone.
+    /// No block is plugged. `on_unpinned` is called when, after a refused [`revoke`](Self::revoke), no pin
+    /// is left in what was refused.
     pub(crate) fn new(block_count: u64, on_unpinned: Box<dyn Fn() + Send + Sync>) -> Self {
         Self {
             state: Mutex::new(State {
                 plugged: BlockMap::new(block_count),
                 pinned: Vec::new(),
-                wanted: false,
+                wanted: None,
             }),
             on_unpinned,
         }
@@ -74,9 +90,8 @@ impl BlockAccess {
     /// Takes the blocks of `range` away from users, or none of them if one is pinned.
     pub(crate) fn revoke(&self, range: BlockRange) -> Result<(), Pinned> {
         let mut state = self.lock();
-        let overlaps = |pin: &BlockRange| pin.first < range.end() && range.first < pin.end();
-        if state.pinned.iter().any(overlaps) {
-            state.wanted = true;
+        if state.is_pinned(range) {
+            state.wanted = Some(state.wanted.map_or(range, |wanted| hull(wanted, range)));
             return Err(Pinned);
         }
         state.plugged.remove(range);
@@ -85,7 +100,7 @@ impl BlockAccess {
 
     /// Whether an unplug was refused because of pins that are still there.
     pub(crate) fn is_wanted(&self) -> bool {
-        self.lock().wanted
+        self.lock().wanted.is_some()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -100,7 +115,8 @@ impl Drop for Pin {
         if let Some(at) = state.pinned.iter().position(|pin| *pin == self.range) {
             state.pinned.swap_remove(at);
         }
-        if state.pinned.is_empty() && std::mem::take(&mut state.wanted) {
+        if state.wanted.is_some_and(|wanted| !state.is_pinned(wanted)) {
+            state.wanted = None;
             drop(state);
             (self.access.on_unpinned)();
         }

@@ -37,6 +37,10 @@ impl Device {
 
     /// Sends one notification if the driver was answered BUSY because of `cause`, which has ended.
     pub(crate) fn end_busy(&self, cause: BusyCause) {
+        if !self.is_ready() {
+            // A driver that was told BUSY where this device was saved hears of it when it is served again.
+            return;
+        }
         let mut busy = self.lock_busy();
         if busy.causes & cause as u8 == 0 {
             return;
@@ -64,6 +68,7 @@ impl Device {
         let mut core = self.lock();
         core.frozen = frozen;
         self.lock_busy().frozen = frozen;
+        self.wake_waiters(&mut core);
         drop(core);
         if !frozen {
             self.end_busy(BusyCause::Frozen);

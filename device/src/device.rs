@@ -62,6 +62,8 @@ pub(crate) struct Device {
     epochs: AtomicU64,
     /// Whether there is such a handler, for those who cannot wait until it lets go of `active`.
     ready: AtomicBool,
+    /// Whether the next driver to be served is to be told to look at the configuration.
+    pub(crate) owed: AtomicBool,
     /// How many want the queue handler to let go of the queue after the request it is at.
     pausing: AtomicU32,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
@@ -84,6 +86,10 @@ pub(crate) struct Core {
     /// When the driver was first refused since the last ACK or resize.
     pub(crate) refused_since: Option<Instant>,
     pub(crate) failure: Option<Arc<io::Error>>,
+    /// Runs of which nobody knows any more who has them, after a failure that could not be undone.
+    pub(crate) suspect: Vec<BlockRange>,
+    /// Raised with every change that somebody may wait for.
+    pub(crate) changes: u64,
 }
 
 /// What an operator sees of a device, all at one moment.
@@ -185,12 +191,15 @@ impl Device {
                 last_answer: None,
                 refused_since: None,
                 failure: None,
+                suspect: Vec::new(),
+                changes: 0,
             }),
             busy: Mutex::default(),
             changed: Condvar::new(),
             active: Mutex::new(None),
             epochs: AtomicU64::new(0),
             ready: AtomicBool::new(false),
+            owed: AtomicBool::new(false),
             pausing: AtomicU32::new(0),
             interrupt: Mutex::new(None),
         };
@@ -394,7 +403,7 @@ impl Device {
             core.operation.end(ResizeState::Settled);
         }
         self.config.publish(core.sizes);
-        self.changed.notify_all();
+        self.wake_waiters(core);
         if core.sizes != before {
             self.size_listeners.signal();
             self.publish_gauges(&core.sizes);
@@ -420,20 +429,23 @@ impl Device {
         snapshot: impl Fn(&Core) -> T,
         done: impl Fn(&T) -> bool,
     ) -> (T, bool) {
-        let mut core = self.lock();
         loop {
-            let now = snapshot(&core);
-            let left = deadline.saturating_duration_since(Instant::now());
+            let core = self.lock();
+            let (now, seen) = (snapshot(&core), core.changes);
+            drop(core);
+            // The caller's, so without the lock.
             if done(&now) {
                 return (now, true);
             }
+            let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return (now, false);
             }
-            core = match self.changed.wait_timeout(core, left) {
-                Ok((core, _)) => core,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
+            let unchanged = |core: &mut Core| core.changes == seen;
+            drop(
+                self.changed
+                    .wait_timeout_while(self.lock(), left, unchanged),
+            );
         }
     }
 
@@ -449,6 +461,11 @@ impl Device {
         }
     }
 
+    pub(crate) fn wake_waiters(&self, core: &mut Core) {
+        core.changes = core.changes.wrapping_add(1);
+        self.changed.notify_all();
+    }
+
     pub(crate) fn counters(&self) -> Counters {
         self.totals.snapshot()
     }
@@ -460,8 +477,15 @@ impl Device {
         *self.lock_interrupt() = Some(interrupt);
         self.ready.store(true, Ordering::Release);
         self.publish_gauges(&self.config.load());
-        // A driver that was answered BUSY where this device was saved is told here.
-        self.end_busy(BusyCause::Frozen);
+        // The driver of a restored device runs already and does not probe again: what was set since it was
+        // saved, and the end of a BUSY it was told there, it hears of here.
+        match self.owed.swap(false, Ordering::Relaxed) {
+            true => {
+                self.forget_busy();
+                self.notify_config();
+            }
+            false => self.end_busy(BusyCause::Frozen),
+        }
         epoch
     }
 
@@ -473,6 +497,11 @@ impl Device {
         self.ready.store(false, Ordering::Release);
         *self.lock_interrupt() = None;
         self.forget_busy();
+        // What this driver was answered is not the next one's business.
+        let mut core = self.lock();
+        core.last_answer = None;
+        core.refused_since = None;
+        self.wake_waiters(&mut core);
     }
 
     /// From here to [`resume`](Self::resume) the queue handler begins no other request.
@@ -510,12 +539,17 @@ impl Device {
         }
     }
 
-    // None of these locks is held across anything that panics on what a guest does; should a trait of the
-    // VMM panic, what it left is still consistent, because each step is complete before the next.
+    /// A trait of the VMM that panics leaves a request half done: the device takes no more then.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+        self.core.lock().unwrap_or_else(|poisoned| {
+            let mut core = poisoned.into_inner();
+            let panicked = || Arc::new(io::Error::other("a part of the VMM panicked"));
+            core.failure.get_or_insert_with(panicked);
+            core
+        })
     }
 
+    // Nothing is left half done under these two.
     fn lock_active(&self) -> MutexGuard<'_, Option<u64>> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -529,16 +563,18 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        let runs: Vec<_> = self.access.with_plugged(|plugged| plugged.runs().collect());
         let mut core = self.lock();
-        for run in runs {
+        let suspect = std::mem::take(&mut core.suspect);
+        let suspect = suspect.into_iter().map(|range| self.run(range));
+        for run in self.runs().into_iter().chain(suspect) {
             // The backing goes away with the device, so nobody may see it any longer.
-            if let Err(error) = core.observers.unplugging(&self.run(run)) {
+            if let Err(error) = core.observers.unplugging(&run) {
                 log::error!("an observer keeps memory of a dropped device: {error}");
             }
-            if let Err(error) = core.slots.remove(run) {
-                log::error!("cannot remove a memory slot of a dropped device: {error}");
-            }
+        }
+        if let Err(error) = core.slots.unmap_all() {
+            log::error!("the guest keeps memory of a dropped device, which is leaked: {error}");
+            std::mem::forget(Arc::clone(&self.backing));
         }
     }
 }

@@ -13,7 +13,8 @@ use crate::transition::StepError;
 ///
 /// The device calls for one contiguous run at a time, and never two calls at a time, from whatever thread
 /// serves the queue or registers the observer. It holds its lock meanwhile, so an observer does not call the
-/// device back, but for [`Handle::retry`](crate::Handle::retry); letting go of guest memory is fine, too.
+/// device back, but for [`Handle::retry`](crate::Handle::retry); letting go of guest memory is fine, too. (The
+/// device owns its observers: one that keeps a [`Handle`](crate::Handle) keeps the device for ever.)
 pub trait PlugObserver: Debug + Send + Sync {
     /// How many mappings it can hold, and how it cuts runs into mappings.
     fn limits(&self) -> MappingLimits;

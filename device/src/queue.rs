@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_mem_wire::{Request, Response};
@@ -81,11 +81,19 @@ impl<M: GuestAddressSpace> QueueHandler<M> {
             self.device.used_buffer();
         }
         result.unwrap_or_else(|error| {
-            if self.device.totals.queue_errors.count() {
-                log::warn!("the guest-request queue cannot be used: {error}");
+            self.queue_error(&error);
+            // Or a driver that mends its ring would not notify.
+            if let Err(error) = self.queue.enable_notification(memory) {
+                log::debug!("nor can notifications be asked for: {error}");
             }
             Served::All
         })
+    }
+
+    fn queue_error(&self, error: &virtio_queue::Error) {
+        if self.device.totals.queue_errors.count() {
+            log::warn!("the guest-request queue cannot be used: {error}");
+        }
     }
 
     fn try_serve_batch(&mut self, memory: &M::M) -> Result<Served, virtio_queue::Error> {
@@ -102,7 +110,14 @@ impl<M: GuestAddressSpace> QueueHandler<M> {
                 };
                 let head = chain.head_index();
                 let written = self.serve_chain(memory, &chain);
-                self.queue.add_used(memory, head, written)?;
+                if let Err(error) = self.queue.add_used(memory, head, written) {
+                    // No used element can name a head outside the table; the chains behind it are not to
+                    // blame. Anything else is the ring itself.
+                    if head < self.queue.size() {
+                        return Err(error);
+                    }
+                    self.queue_error(&error);
+                }
                 budget = budget.saturating_sub(1);
                 if budget == 0 {
                     return Ok(Served::More);
@@ -150,6 +165,8 @@ impl<M: GuestAddressSpace> QueueHandler<M> {
     /// Whether the driver wants to hear of the answers added since the last time it was asked.
     fn wants_interrupt(&mut self, memory: &M::M) -> bool {
         const VIRTQ_AVAIL_F_NO_INTERRUPT: u16 = 1;
+        // The answers must be visible before the driver's wish is read, or it may change its mind in between.
+        fence(Ordering::SeqCst);
         if !self.queue.event_idx_enabled() {
             let flags = memory.load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
             if flags.is_ok_and(|flags: u16| u16::from_le(flags) & VIRTQ_AVAIL_F_NO_INTERRUPT != 0) {

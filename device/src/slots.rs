@@ -111,6 +111,24 @@ impl SlotTable {
         Ok(())
     }
 
+    /// Unmaps every slot there is, whatever blocks it has. All are tried; the last error.
+    pub(crate) fn unmap_all(&mut self) -> io::Result<()> {
+        let mut result = Ok(());
+        for index in 0..self.plugged.len() {
+            if self.plugged[index] == 0 {
+                continue;
+            }
+            match self.mapper.unmap(&self.slot(index)) {
+                Ok(()) => {
+                    self.plugged[index] = 0;
+                    self.mapped_count -= 1;
+                }
+                Err(error) => result = Err(error),
+            }
+        }
+        result
+    }
+
     /// Counts the blocks of `range`, all counted in before, out and unmaps the slots that lose their last
     /// block with it.
     ///

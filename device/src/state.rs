@@ -217,6 +217,8 @@ impl Device {
         }
         let features = state.acknowledged_features;
         self.acknowledged.store(features, Ordering::Relaxed);
+        // See `start`.
+        self.owed.store(true, Ordering::Relaxed);
         self.publish(&mut core);
         Ok(())
     }

@@ -36,17 +36,29 @@ impl Device {
             && let Err(source) = populate(&*self.backing, bytes.clone(), threads)
         {
             let error = source.into();
-            return Err(refuse(core, "populating memory", error, take_back()));
+            return Err(refuse(
+                core,
+                "populating memory",
+                error,
+                take_back(),
+                &[range],
+            ));
         }
         if let Err(error) = core.slots.add(range) {
-            return Err(refuse(core, "mapping a slot", error, take_back()));
+            return Err(refuse(core, "mapping a slot", error, take_back(), &[range]));
         }
         if let Err(error) = core.observers.plugged(&self.run(range)) {
             let closed = self.backing.close(bytes.clone());
             let emptied = closed
                 .and_then(|()| core.slots.remove(range).map_err(|error| error.source))
                 .and_then(|()| self.backing.discard(bytes));
-            return Err(refuse(core, "telling an observer", error, emptied));
+            return Err(refuse(
+                core,
+                "telling an observer",
+                error,
+                emptied,
+                &[range],
+            ));
         }
         self.dirty.mark(self.bytes_of(range));
         self.access.grant(range);
@@ -75,23 +87,35 @@ impl Device {
             if let Err(error) = core.observers.unplugging(&self.run(*run)) {
                 let told = self.tell_again(core, &runs[..done]);
                 self.grant_all(runs);
-                return Err(refuse(core, "telling an observer", error, told));
+                return Err(refuse(core, "telling an observer", error, told, runs));
             }
         }
         if let Err(source) = self.backing.close(bytes.clone()) {
-            let told = self.tell_again(core, runs);
-            self.grant_all(runs);
-            return Err(refuse(core, "closing memory", source.into(), told));
+            // Part of it may be closed.
+            let restored = self.give_again(core, &[], runs);
+            return Err(refuse(
+                core,
+                "closing memory",
+                source.into(),
+                restored,
+                runs,
+            ));
         }
         for (done, run) in runs.iter().enumerate() {
             if let Err(error) = core.slots.remove(*run) {
                 let restored = self.give_again(core, &runs[..done], runs);
-                return Err(refuse(core, "removing a slot", error, restored));
+                return Err(refuse(core, "removing a slot", error, restored, runs));
             }
         }
         if let Err(source) = self.backing.discard(bytes) {
             let restored = self.give_again(core, runs, runs);
-            return Err(refuse(core, "giving memory back", source.into(), restored));
+            return Err(refuse(
+                core,
+                "giving memory back",
+                source.into(),
+                restored,
+                runs,
+            ));
         }
         for run in runs {
             self.dirty.mark(self.bytes_of(*run));
@@ -207,6 +231,7 @@ fn refuse(
     what: &'static str,
     error: StepError,
     restored: io::Result<()>,
+    runs: &[BlockRange],
 ) -> Refusal {
     let failure = match restored {
         Err(error) => Some(error),
@@ -216,6 +241,7 @@ fn refuse(
     if let Some(failure) = failure {
         log::error!("{what} failed and could not be undone, the device stops: {failure}");
         core.failure = Some(Arc::new(failure));
+        core.suspect.extend_from_slice(runs);
     }
     Refusal::Host(what, error.source)
 }

@@ -64,6 +64,36 @@ fn unplug_is_busy_and_loses_nothing_when_memory_cannot_be_closed() {
     assert!(rig.holds(5, 0xab));
 }
 
+/// The kernel closes one mapping after the other, and may stop in between.
+#[test]
+fn memory_that_could_be_closed_in_part_only_is_opened_again() {
+    let mut rig = Rig::new();
+    rig.plug(0, 10);
+    for block in 0..10 {
+        rig.fill(block, block as u8 + 1);
+    }
+    rig.faults.close_half.store(true, Ordering::Relaxed);
+    assert_eq!(rig.unplug(0, 10), Response::Busy);
+    for block in 0..10 {
+        assert!(
+            rig.holds(block, block as u8 + 1),
+            "reading it would have been a fault"
+        );
+    }
+    assert_eq!(rig.unplug(0, 10), Response::Ack);
+}
+
+#[test]
+fn part_of_the_vmm_that_panics_stops_the_device() {
+    let mut rig = Rig::new();
+    rig.plug(0, 1);
+    rig.faults.panic_in_unmap.store(true, Ordering::Relaxed);
+    let unplug = std::panic::AssertUnwindSafe(|| rig.unplug(0, 1));
+    assert!(std::panic::catch_unwind(unplug).is_err());
+    let failure = rig.handle.status().failure.expect("the device has failed");
+    assert_eq!(failure.to_string(), "a part of the VMM panicked");
+}
+
 #[test]
 fn unplug_is_busy_and_loses_nothing_when_memory_cannot_be_given_back() {
     let mut rig = Rig::new();
@@ -125,6 +155,13 @@ fn failure_that_cannot_be_undone_stops_the_device_and_tells_the_operator() {
     assert_eq!(rig.plug(10, 1), Response::Busy);
     assert_eq!(rig.unplug_all(), Response::Busy);
     assert!(matches!(rig.device.system_reset(), Err(ResetError::InUse)));
+    let faults = std::sync::Arc::clone(&rig.faults);
+    assert_eq!(faults.mapped_slots(), [0]);
+    drop(rig);
+    assert!(
+        faults.mapped_slots().is_empty(),
+        "no slot outlives its memory"
+    );
 }
 
 #[test]

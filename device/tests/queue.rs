@@ -144,6 +144,29 @@ fn head_outside_the_descriptor_table_is_an_error_of_the_queue() {
     assert_eq!(rig.plug(0, 1), Response::Ack, "the device is alive");
 }
 
+/// The chains behind a head that does not exist are not to blame, and the driver is not left to notify a device
+/// that has told it not to.
+#[test]
+fn bad_head_disturbs_neither_the_batch_nor_notifications() {
+    for features in [0, Features::RING_EVENT_IDX.bits()] {
+        let mut rig = Rig::new();
+        rig.device.reset();
+        rig.activate(driver_features() | features);
+        rig.write(BUFFERS, &Request::Plug(blocks(0, 1)).emit());
+        rig.make_available(QUEUE_SIZE + 3);
+        rig.submit(&[readable(BUFFERS, 24), writable(ANSWER, 10)]);
+        rig.serve();
+        assert_eq!(rig.used(), [(0, 10)]);
+        assert_eq!(rig.notifications.used(), 1);
+        let mut flags = [0; 2];
+        rig.read(USED_RING, &mut flags);
+        assert_eq!(flags, [0, 0], "the driver is to notify");
+        let mut event = [0; 2];
+        rig.read(USED_RING + 4 + 8 * u64::from(QUEUE_SIZE), &mut event);
+        assert!(features == 0 || event == [2, 0], "of the next request");
+    }
+}
+
 #[test]
 fn available_index_that_runs_away_is_an_error_of_the_queue() {
     let mut rig = Rig::new();

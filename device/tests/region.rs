@@ -169,6 +169,26 @@ fn slice_in_use_keeps_its_block_plugged_and_its_end_is_told() {
     assert_eq!(rig.unplug(1, 1), Response::Ack);
 }
 
+/// The end of a pin is told although other blocks are pinned all the time.
+#[test]
+fn end_of_a_pin_is_told_whatever_else_is_pinned() {
+    let mut rig = Rig::new();
+    rig.plug(0, 4);
+    let memory = Arc::clone(&rig.memory);
+    let slice = |block| {
+        memory
+            .get_slice(GuestAddress(REGION + block * BLOCK), 64)
+            .unwrap()
+    };
+    let (held, busy) = (slice(3), slice(1));
+    assert_eq!(rig.unplug(1, 1), Response::Busy);
+    drop(busy);
+    assert_eq!(rig.notifications.config(), 1);
+    assert_eq!(rig.unplug(1, 1), Response::Ack);
+    drop(held);
+    assert_eq!(rig.notifications.config(), 1);
+}
+
 /// Another device writes to guest memory as fast as it can while blocks come and go: each access works or is
 /// refused, none faults, and nothing is left behind.
 #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use virtio_mem::{Anonymous, Builder, VirtioMem};
 use vm_memory::GuestAddress;
 use vmm_harness::layout::REGION_START;
-use vmm_harness::{GuestKind, Machine, MachineConfig, Report, open_kvm};
+use vmm_harness::{GuestKind, Machine, MachineConfig, Outcome, Report, open_kvm};
 
 /// Bytes per MiB.
 pub const MIB: u64 = 1 << 20;
@@ -89,4 +89,16 @@ pub fn assert_consistent(machine: &Machine, report: &Report) {
     );
     let wrong: u64 = report.workers.iter().map(|worker| worker.pages_wrong).sum();
     assert_eq!(wrong, 0, "no page is lost or wrong");
+}
+
+/// Ends the guest, whose workers then verify and free every page they hold.
+///
+/// # Panics
+///
+/// If it does not end so, or a page was wrong or is still held.
+pub fn assert_ends_well(mut machine: Machine) {
+    assert_eq!(machine.finish(LONG), Outcome::Exited);
+    for worker in machine.progress().workers {
+        assert_eq!((worker.pages_wrong, worker.pages_held), (0, 0));
+    }
 }

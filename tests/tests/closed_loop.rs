@@ -1,10 +1,12 @@
 //! Our driver and our device in a closed loop, on KVM and in this process.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use integration_tests::{LONG, MIB, assert_consistent, device, guest_kinds, start};
+use integration_tests::{
+    LONG, MIB, assert_consistent, assert_ends_well, device, guest_kinds, start,
+};
 use virtio_mem::wire::{Answer, RequestKind};
-use vmm_harness::{DriverState, Outcome};
+use vmm_harness::DriverState;
 
 const REGION: u64 = 1024 * MIB;
 
@@ -55,7 +57,7 @@ fn random_resizes_under_load_end_consistent() {
             assert_consistent(&machine, &report);
         }
         let handle = machine.handle();
-        assert_eq!(machine.stop(LONG), Outcome::Exited);
+        assert_ends_well(machine);
         let counters = handle.counters();
         for kind in RequestKind::ALL {
             assert_eq!(counters.requests(kind, Answer::Error), 0, "{counters:?}");
@@ -88,7 +90,7 @@ fn target_may_change_at_any_moment() {
             assert_eq!(machine.handle().status().plugged_size, target);
             assert_consistent(&machine, &report);
         }
-        assert_eq!(machine.stop(LONG), Outcome::Exited);
+        assert_ends_well(machine);
     }
 }
 
@@ -124,7 +126,7 @@ fn frozen_device_is_waited_for() {
                 .requests(RequestKind::Unplug, Answer::Busy)
                 > 0
         );
-        assert_eq!(machine.stop(LONG), Outcome::Exited);
+        assert_ends_well(machine);
     }
 }
 
@@ -135,7 +137,7 @@ fn size_requested_before_boot_is_served() {
         let machine = start(kind, 2, device(REGION).requested_size(130 * MIB));
         let report = machine.settled(130 * MIB, LONG).unwrap();
         assert_consistent(&machine, &report);
-        assert_eq!(machine.stop(LONG), Outcome::Exited);
+        assert_ends_well(machine);
     }
 }
 
@@ -174,6 +176,6 @@ fn shrink_moves_pages_in_use() {
             assert_consistent(&machine, &report);
         }
         assert!(report.pages_moved > moved_before);
-        assert_eq!(machine.stop(Duration::from_secs(120)), Outcome::Exited);
+        assert_ends_well(machine);
     }
 }

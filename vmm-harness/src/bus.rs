@@ -37,15 +37,17 @@ impl Bus {
     /// its right, and what failed is the host.
     pub(crate) fn is_plugged(&self, address: u64) -> bool {
         let handle = self.transport.device().handle();
-        let blocks = handle.geometry().blocks_touching(address, WIDEST_ACCESS);
+        // No access reaches beyond the end of the region: there is nothing.
+        let len = self.region.end.saturating_sub(address).min(WIDEST_ACCESS);
+        let blocks = handle.geometry().blocks_touching(address, len);
         blocks.is_some_and(|blocks| handle.plugged().state(blocks) == BlockState::Plugged)
     }
 
-    pub(crate) fn read(&self, address: u64, data: &mut [u8]) -> Reaction {
+    pub(crate) fn read(&self, vcpu: usize, address: u64, data: &mut [u8]) -> Reaction {
         if let Some(offset) = offset_in(address, VIRTIO_MMIO, PAGE) {
             self.transport.read(offset, data);
         } else if let Some(offset) = offset_in(address, PORT, port::LEN) {
-            self.port.read(offset, data);
+            self.port.read(vcpu, offset, data);
         } else if self.region.contains(&address) {
             return Reaction::Unplugged;
         } else {
@@ -59,11 +61,11 @@ impl Bus {
         Reaction::Continue
     }
 
-    pub(crate) fn write(&self, address: u64, data: &[u8]) -> Reaction {
+    pub(crate) fn write(&self, vcpu: usize, address: u64, data: &[u8]) -> Reaction {
         if let Some(offset) = offset_in(address, VIRTIO_MMIO, PAGE) {
             self.transport.write(offset, data);
         } else if let Some(offset) = offset_in(address, PORT, port::LEN) {
-            return match self.port.write(offset, data) {
+            return match self.port.write(vcpu, offset, data) {
                 PortWrite::Continue => Reaction::Continue,
                 PortWrite::Exit => Reaction::Exit,
                 PortWrite::Panic => Reaction::Panic,

@@ -278,11 +278,12 @@ impl Machine {
     fn report_until(&self, deadline: Instant) -> Result<Report, NotDone> {
         // Counted here: what the guest makes of the number in the mailbox is its own business.
         let request = self.reports.fetch_add(1, Ordering::Relaxed) + 1;
+        // The larger of two that ask at the same time; one answer is for both.
         self.mailbox
             .report_request
-            .store(request, Ordering::Release);
+            .fetch_max(request, Ordering::AcqRel);
         self.port.wake();
-        let done = || self.mailbox.report_done.load(Ordering::Acquire) == request;
+        let done = || self.mailbox.report_done.load(Ordering::Acquire) >= request;
         self.lifecycle.wait_for(deadline, done)?;
         Ok(self.progress())
     }
@@ -326,6 +327,13 @@ impl Machine {
     /// A guest in this process cannot be ended against its will: it is waited for.
     #[must_use]
     pub fn stop(mut self, grace: Duration) -> Outcome {
+        self.finish(grace)
+    }
+
+    /// As [`stop`](Self::stop), and keeps what can be read of the machine: what the workers found when they
+    /// verified all their pages for the last time is in [`progress`](Self::progress).
+    #[must_use]
+    pub fn finish(&mut self, grace: Duration) -> Outcome {
         self.command(command::STOP);
         if self.lifecycle.wait(deadline(grace)).is_none() {
             self.lifecycle.finish(Outcome::Stopped);

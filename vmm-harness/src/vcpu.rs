@@ -173,11 +173,21 @@ fn react(exit: Result<VcpuExit<'_>, kvm_ioctls::Error>, context: &VcpuContext) -
     match exit {
         Ok(VcpuExit::MmioRead(address, data)) => {
             count(&exits.mmio_reads);
-            after(context.bus.read(address, data), address, false, data.len())
+            after(
+                context.bus.read(context.index, address, data),
+                address,
+                false,
+                data.len(),
+            )
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
             count(&exits.mmio_writes);
-            after(context.bus.write(address, data), address, true, data.len())
+            after(
+                context.bus.write(context.index, address, data),
+                address,
+                true,
+                data.len(),
+            )
         }
         Ok(VcpuExit::Intr) => {
             count(&exits.interrupted);

@@ -138,7 +138,7 @@ fn options_can_be_given_without_naming_the_demo() {
 
 #[test]
 fn bad_options_are_clear_errors_with_exit_code_2() {
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 18] = [
         (&["--block-size", "3M"], "not a power of two"),
         (&["--block-size", "0"], "not a power of two"),
         (&["--block-size", "1K"], "smaller than a page"),
@@ -162,6 +162,19 @@ fn bad_options_are_clear_errors_with_exit_code_2() {
             "boot memory of 1 MiB does not hold the guest program",
         ),
         (&["--boot-memory", "99999999999999999999G"], "invalid value"),
+        (&["--boot-memory", "268435457"], "not a multiple of 2 MiB"),
+        (
+            &["--block-size", "256M"],
+            "exceeds a memory block of the guest, 128 MiB",
+        ),
+        (
+            &["--targets", "4G", "--rogue"],
+            "none is left for the rogue guest",
+        ),
+        (
+            &["--backing", "thp", "--block-size", "1M"],
+            "too small for this backing",
+        ),
     ];
     for (args, reason) in cases {
         for subcommand in [&["demo"] as &[&str], &[]] {
@@ -172,6 +185,25 @@ fn bad_options_are_clear_errors_with_exit_code_2() {
             assert!(!stderr.contains("panicked"), "{args:?}: {stderr}");
         }
     }
+}
+
+/// Less than the driver can plug: it settles short of the target, and the check that says so is named at once.
+#[test]
+fn failed_check_is_named_with_exit_code_1() {
+    let args = [
+        "--guest",
+        "in-process",
+        "--block-size",
+        "1M",
+        "--targets",
+        "1M",
+    ];
+    let (code, stdout, stderr) = vmem(&args);
+    assert_eq!(code, 1, "{stdout}{stderr}");
+    assert!(
+        stderr.contains("check `plugged-equals-target` failed"),
+        "{stderr}"
+    );
 }
 
 #[test]

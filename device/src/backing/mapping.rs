@@ -111,15 +111,26 @@ impl Mapping {
     }
 
     /// Makes `range` readable and writable, or neither.
+    ///
+    /// The kernel does one piece of the mapping after the other and leaves what it has done where it fails. A
+    /// range that could not be opened is closed again; one that could not be closed may be closed in part.
     pub(super) fn protect(&self, range: Range<u64>, open: bool) -> io::Result<()> {
         let (start, len) = self.slice(range)?;
-        let flags = match open {
-            true => MprotectFlags::READ | MprotectFlags::WRITE,
-            false => MprotectFlags::empty(),
+        let protect = |flags| {
+            // SAFETY: `slice` has checked that the range lies inside this mapping, which nobody else owns. No
+            // Rust reference points into it; volatile accesses through a region go to open blocks only.
+            unsafe { rustix::mm::mprotect(start, len, flags) }
         };
-        // SAFETY: `slice` has checked that the range lies inside this mapping, which nobody else owns. No
-        // Rust reference points into it; volatile accesses through a region go to open blocks only.
-        Ok(unsafe { rustix::mm::mprotect(start, len, flags) }?)
+        let closed = MprotectFlags::empty();
+        match open {
+            false => Ok(protect(closed)?),
+            true => protect(MprotectFlags::READ | MprotectFlags::WRITE).map_err(|error| {
+                if let Err(error) = protect(closed) {
+                    log::error!("memory that could not be opened could not be closed: {error}");
+                }
+                error.into()
+            }),
+        }
     }
 
     /// Maps `file` from `offset` over the whole region, closed. `shared` or private.

@@ -21,7 +21,7 @@ pub use private_file::PrivateFile;
 /// The host memory behind the device-managed region, and how it is opened, closed and given back.
 ///
 /// Ranges are byte offsets into the region. The device calls with whole blocks only, one call for each
-/// contiguous run, and never two calls at a time.
+/// contiguous run or, to take everything back, one for all of them, and never two calls at a time.
 ///
 /// A range is *open* if the VMM and, through memory slots, the guest can access it, else *closed*. All of a
 /// new backing is closed and holds no memory.
@@ -75,15 +75,15 @@ pub unsafe trait Backing: Debug + Send + Sync {
     /// Whatever the host says; the range is then closed still.
     fn open(&self, range: Range<u64>) -> io::Result<()>;
 
-    /// Closes a range. The contents stay until [`discard`](Self::discard), so that [`open`](Self::open) can
-    /// undo this.
+    /// Closes a range. Parts of it may be closed already. The contents stay until
+    /// [`discard`](Self::discard), so that [`open`](Self::open) can undo this.
     ///
     /// # Errors
     ///
-    /// Whatever the host says; what was open in the range is then open still.
+    /// Whatever the host says. Part of the range may be closed then; the device opens again what it needs.
     fn close(&self, range: Range<u64>) -> io::Result<()>;
 
-    /// Gives the memory of a closed range back to the host.
+    /// Gives the memory of a closed range back to the host. Parts of it may have none.
     ///
     /// # Errors
     ///

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -116,7 +117,9 @@ fn snapshot(len: u64) -> io::Result<File> {
 pub fn skip(what: &str, reason: &str) {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed) + 1;
-    println!("skipped: {what}: {reason} ({count} of this binary)");
+    // Past the capture of the test runner: a skip must be seen.
+    let mut stderr = std::io::stderr().lock();
+    let _ = writeln!(stderr, "SKIPPED {what}: {reason} ({count} of this binary)");
 }
 
 /// Huge pages added to the host's pool, taken out again when dropped.

@@ -12,7 +12,7 @@ pub mod backings;
 use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use virtio_mem::wire::{Config, Features, Request, RequestKind, Response, Span};
@@ -105,6 +105,10 @@ pub struct Faults {
     pub discard: Fault,
     pub map: Fault,
     pub unmap: Fault,
+    /// Closing does the first half and fails, once.
+    pub close_half: AtomicBool,
+    /// The next slot to be removed panics.
+    pub panic_in_unmap: AtomicBool,
     /// What the backing says of itself.
     pub max_open_runs: AtomicU64,
     /// Slots now mapped, and how often each of `map` and `unmap` was called.
@@ -138,6 +142,8 @@ impl Faults {
             discard: Fault::default(),
             map: Fault::default(),
             unmap: Fault::default(),
+            close_half: AtomicBool::new(false),
+            panic_in_unmap: AtomicBool::new(false),
             max_open_runs: AtomicU64::new(u64::MAX),
             slots: Mutex::default(),
             slot_calls: AtomicU32::new(0),
@@ -190,6 +196,11 @@ unsafe impl<B: Backing> Backing for FaultyBacking<B> {
 
     fn close(&self, range: Range<u64>) -> io::Result<()> {
         self.1.close.check()?;
+        if self.1.close_half.swap(false, Ordering::Relaxed) {
+            let half = range.start + (range.end - range.start) / 2;
+            self.0.close(range.start..half)?;
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
         self.0.close(range)
     }
 
@@ -223,6 +234,10 @@ impl SlotMapper for RecordingSlots {
 
     fn unmap(&self, slot: &Slot) -> io::Result<()> {
         self.0.slot_calls.fetch_add(1, Ordering::Relaxed);
+        assert!(
+            !self.0.panic_in_unmap.swap(false, Ordering::Relaxed),
+            "as told"
+        );
         self.0.unmap.check()?;
         let mut slots = self.0.slots.lock().unwrap();
         let at = slots.iter().position(|index| *index == slot.index);

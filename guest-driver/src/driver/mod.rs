@@ -125,6 +125,8 @@ pub struct MemDriver<H: Hal, T: Transport> {
     in_use: InUse,
     waiting: Option<Waiting>,
     retry_delay_ms: u64,
+    /// How often in a row there was nowhere to move pages to.
+    starved: u8,
     failure: Option<Failure>,
     counters: Counters,
 }

@@ -96,6 +96,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                     },
                     waiting: None,
                     retry_delay_ms: RETRY_MIN_MS,
+                    starved: 0,
                     failure: None,
                     counters: Counters::default(),
                 })

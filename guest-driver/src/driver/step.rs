@@ -18,6 +18,9 @@ pub(super) const RETRY_MIN_MS: u64 = 10;
 /// The longest wait.
 const RETRY_MAX_MS: u64 = 1000;
 
+/// How often the driver waits for memory to move pages to before it tries smaller ranges: 630 ms in all.
+const STARVED_MAX: u8 = 6;
+
 /// The most pages one step moves.
 const PAGES_PER_STEP: u32 = 64;
 
@@ -87,7 +90,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             return self.send(InFlight::UnplugAll);
         }
         if let Some(emptying) = self.emptying.take() {
-            return self.go_on_emptying(hotplug, emptying);
+            return self.go_on_emptying(hotplug, emptying, now_ms);
         }
         if let Some(id) = self.orphan {
             return self.unplug_orphan(id);
@@ -120,7 +123,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                 let excess = plugged - target;
                 let next = self.plan(hotplug).next_unplug(excess, &self.in_use);
                 if let Some(choice) = next {
-                    return self.start_unplug(hotplug, choice);
+                    return self.start_unplug(hotplug, choice, now_ms);
                 }
                 self.wait(Stall::MemoryInUse, now_ms);
                 Ok(Progress::Converging)
@@ -188,6 +191,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                 // Plugging in vain and taking it back is no progress.
                 if !cleaning_up && self.orphan.is_none() {
                     self.retry_delay_ms = RETRY_MIN_MS;
+                    self.starved = 0;
                 }
             }
             (InFlight::Unplug { range, taken: true }, Answer::Busy) => {
@@ -234,7 +238,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         let size = self.layout.memory_block_size;
         match hotplug.add_memory(id * size, size) {
             Ok(()) => {}
-            Err(Error::NoMemory) => {
+            // No memory for its bookkeeping; or somebody else has added it meanwhile.
+            Err(Error::NoMemory | Error::Exists) => {
                 self.orphan = Some(id);
                 self.wait(Stall::NoMemory, now_ms);
                 return Ok(());
@@ -285,6 +290,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         &mut self,
         hotplug: &mut Hotplug<M>,
         choice: UnplugChoice,
+        now_ms: u64,
     ) -> Result<Progress, Failure> {
         let UnplugChoice { range, online } = choice;
         if !online {
@@ -296,7 +302,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         let (start, size) = self.layout.bytes(range);
         match hotplug.isolate(start, size) {
             Ok(isolation) => self.emptying = Some(Emptying { isolation, range }),
-            Err(Error::Busy | Error::NoMemory) => self.pass_over(range),
+            Err(error @ (Error::Busy | Error::NoMemory)) => self.give_up(range, error, now_ms),
             error => self.ensure("isolating", range, error.map(|_| ()))?,
         }
         Ok(Progress::Converging)
@@ -307,6 +313,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         &mut self,
         hotplug: &mut Hotplug<M>,
         mut emptying: Emptying,
+        now_ms: u64,
     ) -> Result<Progress, Failure> {
         let range = emptying.range;
         match hotplug.migrate(&mut emptying.isolation, PAGES_PER_STEP) {
@@ -316,12 +323,26 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                 self.ensure("taking", range, taken)?;
                 return self.send(InFlight::Unplug { range, taken: true });
             }
-            Err(_) => {
+            Err(error) => {
                 hotplug.cancel(emptying.isolation);
-                self.pass_over(range);
+                self.give_up(range, error, now_ms);
             }
         }
         Ok(Progress::Converging)
+    }
+
+    /// `range` could not be emptied.
+    ///
+    /// A page in use there makes the driver try another range. That there is nowhere to move pages to is true
+    /// of every range: as Linux does, it waits then, for whoever has the memory to let go of some. After a few
+    /// times in vain it looks for a range without pages, which smaller ones are likelier to be.
+    fn give_up(&mut self, range: BlockRange, error: Error, now_ms: u64) {
+        if error == Error::NoMemory && self.starved < STARVED_MAX {
+            self.starved += 1;
+            self.wait(Stall::MemoryInUse, now_ms);
+        } else {
+            self.pass_over(range);
+        }
     }
 
     /// Notes that `range` cannot be emptied for now.
@@ -409,13 +430,15 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         self.config = config;
         self.config_changed = false;
         self.usable_may_shrink = false;
-        self.retry_delay_ms = RETRY_MIN_MS;
+        let refused = self.refused_at.take() == Some(config.mutable.requested_size);
         self.end_wait();
-        if self.refused_at.take() == Some(config.mutable.requested_size) {
-            self.waiting = Some(Waiting {
-                reason: Stall::Refused,
-                retry_at_ms: None,
-            });
+        if refused {
+            // H-1. Not for ever: the target may have been another when the device refused, and be this one
+            // again by now, with all its interrupts taken already.
+            self.wait(Stall::Refused, now_ms);
+        } else {
+            self.retry_delay_ms = RETRY_MIN_MS;
+            self.starved = 0;
         }
         Ok(())
     }

@@ -86,17 +86,53 @@ fn h_01_nack_is_not_repeated_before_the_configuration_changes() {
     let mut rig = Rig::new(GIB);
     misbehave(&rig, Misbehave::Answer(Answer::Nack));
     rig.device.request(4 * MIB);
-    let refused = Progress::Stalled {
+    let refused_until = |at| Progress::Stalled {
         reason: Stall::Refused,
-        retry_at_ms: None,
+        retry_at_ms: Some(at),
     };
-    assert_eq!(rig.run(), refused);
-    rig.now_ms = 1_000_000;
-    rig.driver.retry();
-    assert_eq!(rig.run(), refused);
+    assert_eq!(rig.run(), refused_until(10));
+    assert_eq!(rig.run(), refused_until(10));
     assert_eq!(rig.driver.counters().total_requests(), 1);
     rig.device.state().change_config();
     assert_eq!(rig.run(), Progress::Settled);
+}
+
+#[test]
+fn h_01_device_that_refuses_for_no_reason_is_asked_less_and_less_often() {
+    let mut rig = Rig::new(GIB);
+    for _ in 0..3 {
+        misbehave(&rig, Misbehave::Answer(Answer::Nack));
+    }
+    rig.device.request(4 * MIB);
+    let mut waits = Vec::new();
+    while let Progress::Stalled {
+        reason: Stall::Refused,
+        retry_at_ms: Some(at),
+    } = rig.run()
+    {
+        waits.push(at - rig.now_ms);
+        rig.now_ms = at;
+    }
+    assert_eq!(waits, [10, 20, 40]);
+    assert_eq!(rig.driver.plugged_size(), 4 * MIB);
+}
+
+/// Regression: lowered and raised again while a PLUG was under way, with both interrupts taken before its NACK,
+/// the target looked as if it had never changed, and the driver waited for a change that did not come.
+#[test]
+fn target_that_is_lowered_and_raised_again_behind_a_plug_is_reached() {
+    let mut rig = Rig::new(GIB);
+    rig.device.state().hold = true;
+    rig.device.request(256 * MIB);
+    while rig.step() != Progress::AwaitingDevice {}
+    rig.device.request(4 * MIB);
+    rig.device.state().hold = false;
+    rig.device.answer();
+    rig.device.request(256 * MIB);
+    while let Progress::Stalled { retry_at_ms, .. } = rig.run() {
+        rig.now_ms = retry_at_ms.expect("a time to try again");
+    }
+    assert_eq!(rig.driver.plugged_size(), 256 * MIB);
 }
 
 #[test]

@@ -31,16 +31,10 @@ fn check(
     }
 }
 
-/// Everything that must hold once the guest has settled on `target`; the resident bytes measured on the way.
-pub(super) fn step(
-    device: &VirtioMem,
-    target: u64,
-    plugged_before: u64,
-    report: &Report,
-) -> Result<u64, DemoError> {
+/// What must hold as soon as the guest says that it has settled on `target`.
+pub(super) fn reached(device: &VirtioMem, target: u64, report: &Report) -> Result<(), CheckFailed> {
     let handle = device.handle();
-    let status = handle.status();
-    let plugged = status.plugged_size;
+    let plugged = handle.status().plugged_size;
     check("plugged-equals-target", plugged == target, || {
         format!("{plugged} bytes are plugged, {target} were asked for")
     })?;
@@ -53,7 +47,19 @@ pub(super) fn step(
             bitmap.count(),
             bitmap.run_count()
         )
-    })?;
+    })
+}
+
+/// Everything that must hold once the guest has worked with `target` bytes for a while; the resident bytes measured on the way.
+pub(super) fn step(
+    device: &VirtioMem,
+    target: u64,
+    plugged_before: u64,
+    report: &Report,
+) -> Result<u64, DemoError> {
+    let handle = device.handle();
+    reached(device, target, report)?;
+    let plugged = handle.status().plugged_size;
     check(
         "online-equals-plugged",
         report.online_size == plugged,
@@ -65,10 +71,7 @@ pub(super) fn step(
         },
     )?;
     no_page_lost(report)?;
-    let resident = handle.resident_bytes()?;
-    check("resident-within-plugged", resident <= plugged, || {
-        format!("{resident} bytes are resident, {plugged} are plugged")
-    })?;
+    let resident = resident_within_plugged(device)?;
     if target < plugged_before {
         let left = unplugged_resident(device)?;
         check("memory-is-back-with-the-host", left == 0, || {
@@ -93,14 +96,28 @@ fn no_page_lost(report: &Report) -> Result<(), CheckFailed> {
     })
 }
 
-/// What must hold once the guest has exited.
-pub(super) fn end(device: &VirtioMem) -> Result<(), DemoError> {
+/// What must hold once the guest has verified and freed all its pages and exited; the pages verified in all.
+pub(super) fn end(device: &VirtioMem, report: &Report) -> Result<u64, DemoError> {
+    no_page_lost(report)?;
+    let held: u64 = report.workers.iter().map(|worker| worker.pages_held).sum();
+    check("every-page-is-freed", held == 0, || {
+        format!("{held} pages are still held")
+    })?;
+    resident_within_plugged(device)?;
+    Ok(report
+        .workers
+        .iter()
+        .map(|worker| worker.pages_verified)
+        .sum())
+}
+
+fn resident_within_plugged(device: &VirtioMem) -> Result<u64, DemoError> {
     let handle = device.handle();
     let (resident, plugged) = (handle.resident_bytes()?, handle.status().plugged_size);
     check("resident-within-plugged", resident <= plugged, || {
         format!("{resident} bytes are resident, {plugged} are plugged")
     })?;
-    Ok(())
+    Ok(resident)
 }
 
 /// What must hold after the guest reached for `address`.
@@ -114,5 +131,6 @@ pub(super) fn rogue(device: &VirtioMem, address: u64, rogue: &Rogue) -> Result<(
         (before, after) == (0, 0),
         || format!("{before} bytes resident behind unplugged blocks before, {after} after"),
     )?;
-    end(device)
+    resident_within_plugged(device)?;
+    Ok(())
 }

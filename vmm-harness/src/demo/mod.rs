@@ -29,6 +29,9 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 /// Pages the workers verify at each size before the next step, if the size leaves them any.
 const PAGES_VERIFIED_PER_STEP: u64 = 200_000;
 
+/// The guest's memory block: its driver works with blocks up to this size.
+const MAX_BLOCK_SIZE: u64 = 128 << 20;
+
 /// Most pages a worker holds: 256 MiB.
 const WORKER_PAGES: u64 = 65_536;
 
@@ -253,7 +256,7 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
             summary.rogue = Some(rogue);
         }
         false => {
-            end(machine)?;
+            summary.pages_verified = end(machine)?;
             table::end(out, &summary)?;
         }
     }
@@ -269,6 +272,25 @@ fn check_options(options: &DemoOptions) -> Result<(), DemoError> {
             "boot memory of {} does not hold the guest program",
             table::size(options.boot_memory)
         )));
+    }
+    if !options.boot_memory.is_multiple_of(LARGE_PAGE) {
+        return Err(DemoError::Options(format!(
+            "boot memory of {} bytes is not a multiple of {}",
+            options.boot_memory,
+            table::size(LARGE_PAGE)
+        )));
+    }
+    if options.block_size > MAX_BLOCK_SIZE {
+        return Err(DemoError::Options(format!(
+            "block size {} exceeds a memory block of the guest, {}",
+            table::size(options.block_size),
+            table::size(MAX_BLOCK_SIZE)
+        )));
+    }
+    if options.rogue && options.targets.last() == Some(&options.region) {
+        return Err(DemoError::Options(
+            "every block will be plugged, none is left for the rogue guest to touch".into(),
+        ));
     }
     for target in &options.targets {
         if *target > options.region {
@@ -355,6 +377,7 @@ fn step(
         .map_err(|error| DemoError::Options(error.to_string()))?;
     let mut report = machine.settled(target, STEP_TIMEOUT).map_err(failed)?;
     let resize_time = started.elapsed();
+    checks::reached(machine.device(), target, &report)?;
     let goal = match target {
         0 => 0,
         _ => last.verified() + PAGES_VERIFIED_PER_STEP,
@@ -451,10 +474,10 @@ fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
     Ok(rogue)
 }
 
-fn end(machine: Machine) -> Result<(), DemoError> {
+fn end(mut machine: Machine) -> Result<u64, DemoError> {
     let device = machine.device().clone();
-    match machine.stop(STEP_TIMEOUT) {
-        Outcome::Exited => checks::end(&device),
+    match machine.finish(STEP_TIMEOUT) {
+        Outcome::Exited => checks::end(&device, &machine.progress()),
         other => Err(DemoError::Outcome {
             expected: "verified its pages and exited",
             outcome: other.to_string(),

@@ -71,7 +71,7 @@ impl Platform for HostPlatform {
 
     fn wait(&self, deadline_ms: Option<u64>) {
         let timeout = deadline_ms.map(|at| Duration::from_millis(at.saturating_sub(self.now_ms())));
-        self.parts.bus.port.wait(timeout);
+        self.parts.bus.port.wait(VCPU.get(), timeout);
     }
 
     fn relax(&self) {
