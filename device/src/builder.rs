@@ -37,6 +37,7 @@ pub struct Builder {
     requested_size: u64,
     node_id: Option<u16>,
     persistent_suspend: bool,
+    keep_on_system_reset: bool,
     populate_threads: Option<NonZero<usize>>,
     state: Option<State>,
 }
@@ -109,6 +110,7 @@ impl Builder {
             requested_size: 0,
             node_id: None,
             persistent_suspend: false,
+            keep_on_system_reset: false,
             populate_threads: None,
             state: None,
         }
@@ -188,11 +190,19 @@ impl Builder {
         self
     }
 
+    /// Has [`VirtioMem::system_reset`] keep plugged blocks: for a VMM whose machine keeps memory across a reset.
+    /// The driver finds them plugged and unplugs them itself (G-05).
+    #[must_use]
+    pub fn keep_on_system_reset(mut self) -> Self {
+        self.keep_on_system_reset = true;
+        self
+    }
+
     /// Makes the device the one that was saved as `state`: its blocks are plugged, with contents yet to come,
     /// slots and observers have them, and its sizes and features are those the driver knows.
     ///
-    /// The other options must be those of the saved device; block size and requested size come from `state`
-    /// if they are not given. [`VirtioMem::activate`] then takes the queue as it was saved.
+    /// The other options must be those of the saved device. The block size is that of `state` if none is given,
+    /// the requested size always. [`VirtioMem::activate`] then takes the queue as it was saved.
     #[must_use]
     pub fn restore(mut self, state: State) -> Self {
         self.state = Some(state);
@@ -274,6 +284,7 @@ impl Builder {
             slot_size,
             populate_threads: self.populate_threads,
             observers,
+            keep_on_system_reset: self.keep_on_system_reset,
             usable_extent,
             requested_size: self.requested_size,
         };

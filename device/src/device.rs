@@ -16,7 +16,7 @@ use crate::access::BlockAccess;
 use crate::backing::Backing;
 use crate::busy::{Busy, BusyCause};
 use crate::config_space::ConfigSpace;
-use crate::counters::{Counters, Totals};
+use crate::counters::{Counters, Total, Totals};
 use crate::dirty::DirtyBitmaps;
 use crate::events::SizeListeners;
 use crate::latency::Latencies;
@@ -52,6 +52,8 @@ pub(crate) struct Device {
     pub(crate) latencies: Mutex<Latencies>,
     pub(crate) dirty: DirtyBitmaps,
     pub(crate) size_listeners: SizeListeners,
+    /// Whether system reset leaves blocks as they are (D-22 is a SHOULD).
+    keep_on_system_reset: bool,
     /// How far the usable region reaches beyond the requested size.
     usable_extent: u64,
     core: Mutex<Core>,
@@ -153,6 +155,7 @@ pub(crate) struct Setup {
     pub(crate) slot_size: u64,
     pub(crate) populate_threads: Option<NonZero<usize>>,
     pub(crate) observers: Observers,
+    pub(crate) keep_on_system_reset: bool,
     pub(crate) usable_extent: u64,
     pub(crate) requested_size: u64,
 }
@@ -179,6 +182,7 @@ impl Device {
             latencies: Mutex::default(),
             dirty: DirtyBitmaps::default(),
             size_listeners: SizeListeners::default(),
+            keep_on_system_reset: setup.keep_on_system_reset,
             usable_extent: setup.usable_extent,
             core: Mutex::new(Core {
                 slots: setup.slots,
@@ -212,7 +216,7 @@ impl Device {
         let request = match request {
             Ok(request) => request,
             Err(error) => {
-                if self.totals.unknown_requests.count() {
+                if self.count_event(&self.totals.unknown_requests, "unknown_request") {
                     log::debug!("{error}");
                 }
                 return Response::Error;
@@ -234,7 +238,7 @@ impl Device {
                 Response::Busy
             }
             Refusal::Host(what, error) => {
-                if self.totals.host_failures.count() {
+                if self.count_event(&self.totals.host_failures, "host_failure") {
                     log::warn!("{request:?}: {what}: {error}");
                 }
                 self.begin_busy(BusyCause::Host);
@@ -278,6 +282,9 @@ impl Device {
 
     /// System reset: all blocks are unplugged (D-22), and the usable region is cut to what is requested.
     pub(crate) fn system_reset(&self) -> Result<(), ResetError> {
+        if self.keep_on_system_reset {
+            return Ok(());
+        }
         let mut core = self.lock();
         let result = self.unplug_all(&mut core);
         self.publish(&mut core);
@@ -412,7 +419,7 @@ impl Device {
 
     pub(crate) fn notify_config(&self) {
         if let Some(interrupt) = &*self.lock_interrupt() {
-            self.totals.config_notifications.count();
+            self.count_event(&self.totals.config_notifications, "config_notification");
             interrupt.config_change();
         }
     }
@@ -464,6 +471,12 @@ impl Device {
     pub(crate) fn wake_waiters(&self, core: &mut Core) {
         core.changes = core.changes.wrapping_add(1);
         self.changed.notify_all();
+    }
+
+    /// Counts one in `total`, and as `event` for the `metrics` facade; whether to log it, see [`Total::count`].
+    pub(crate) fn count_event(&self, total: &Total, event: &'static str) -> bool {
+        self.publish_event(event);
+        total.count()
     }
 
     pub(crate) fn counters(&self) -> Counters {
@@ -534,7 +547,7 @@ impl Device {
 
     pub(crate) fn used_buffer(&self) {
         if let Some(interrupt) = &*self.lock_interrupt() {
-            self.totals.used_notifications.count();
+            self.count_event(&self.totals.used_notifications, "used_notification");
             interrupt.used_buffer();
         }
     }

@@ -256,7 +256,8 @@ impl VirtioMem {
 }
 
 impl VirtioMem {
-    /// System reset: stops serving the queue, as [`reset`](Self::reset) does, and unplugs every block (D-22).
+    /// System reset: stops serving the queue, as [`reset`](Self::reset) does, and unplugs every block (D-22)
+    /// unless the device was built to [keep](Builder::keep_on_system_reset) them.
     ///
     /// A VMM whose guest merely wakes from suspend calls [`reset`](Self::reset) instead, which keeps them.
     ///

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `virtio_mem_requests_total` | counter | `region`, `request`, `answer` |
 //! | `virtio_mem_request_seconds` | histogram | `region`, `request`, `answer` |
+//! | `virtio_mem_events_total` | counter | `region`, `event`: what [`Counters`](crate::Counters) counts beside requests |
 //! | `virtio_mem_requested_bytes` | gauge | `region` |
 //! | `virtio_mem_plugged_bytes` | gauge | `region` |
 //! | `virtio_mem_resident_bytes` | gauge | `region` |
@@ -30,6 +31,11 @@ impl Device {
         metrics::histogram!("virtio_mem_request_seconds", &labels).record(duration.as_secs_f64());
     }
 
+    pub(crate) fn publish_event(&self, event: &'static str) {
+        let labels = [("region", self.label()), ("event", event.to_owned())];
+        metrics::counter!("virtio_mem_events_total", &labels).increment(1);
+    }
+
     pub(crate) fn publish_gauges(&self, sizes: &MutableConfig) {
         let labels = [("region", self.label())];
         metrics::gauge!("virtio_mem_requested_bytes", &labels).set(sizes.requested_size as f64);
@@ -50,6 +56,8 @@ impl Device {
 #[expect(clippy::unused_self, reason = "nobody listens")]
 impl Device {
     pub(crate) fn publish_request(&self, _: RequestKind, _: Answer, _: Duration) {}
+
+    pub(crate) fn publish_event(&self, _: &'static str) {}
 
     pub(crate) fn publish_gauges(&self, _: &MutableConfig) {}
 

@@ -91,7 +91,8 @@ impl<M: GuestAddressSpace> QueueHandler<M> {
     }
 
     fn queue_error(&self, error: &virtio_queue::Error) {
-        if self.device.totals.queue_errors.count() {
+        let total = &self.device.totals.queue_errors;
+        if self.device.count_event(total, "queue_error") {
             log::warn!("the guest-request queue cannot be used: {error}");
         }
     }
@@ -154,7 +155,8 @@ impl<M: GuestAddressSpace> QueueHandler<M> {
         match answered {
             Some(()) => Response::LEN as u32,
             None => {
-                if self.device.totals.unusable_chains.count() {
+                let total = &self.device.totals.unusable_chains;
+                if self.device.count_event(total, "unusable_chain") {
                     log::debug!("descriptor chain {} is unusable", chain.head_index());
                 }
                 0

@@ -328,6 +328,17 @@ fn d_22_system_reset_unplugs_all_blocks() {
 }
 
 #[test]
+fn d_22_system_reset_keeps_blocks_where_the_vmm_has_said_so() {
+    let mut rig = Rig::with(4 * GIB, |b| b.requested_size(GIB).keep_on_system_reset());
+    rig.plug(0, 4);
+    rig.fill(1, 7);
+    rig.device.system_reset().unwrap();
+    assert_eq!(rig.handle.plugged().count(), 4);
+    rig.activate(driver_features());
+    assert!(rig.holds(1, 7));
+}
+
+#[test]
 fn d_23_suspend_and_wake_keep_blocks_and_contents() {
     // A driver resets the device when it suspends and initialises it again when it wakes.
     let mut rig = Rig::with(4 * GIB, |b| b.requested_size(GIB).persistent_suspend());

@@ -109,6 +109,8 @@ fn recorder_gets_requests_latencies_and_sizes() {
         rig.fill(1, 1);
         rig.handle.resident_bytes().unwrap();
         rig.handle.resize(8 * BLOCK).unwrap();
+        rig.faults.open.script(&[false]);
+        rig.plug(5, 1);
     });
     let ledger = ledger.0.lock().unwrap();
     let expected = [
@@ -134,6 +136,26 @@ fn recorder_gets_requests_latencies_and_sizes() {
         ),
         (
             "virtio_mem_request_seconds region=0x100000000 request=unplug answer=ack",
+            1.0,
+        ),
+        (
+            "virtio_mem_requests_total region=0x100000000 request=plug answer=busy",
+            1.0,
+        ),
+        (
+            "virtio_mem_request_seconds region=0x100000000 request=plug answer=busy",
+            1.0,
+        ),
+        (
+            "virtio_mem_events_total region=0x100000000 event=used_notification",
+            5.0,
+        ),
+        (
+            "virtio_mem_events_total region=0x100000000 event=config_notification",
+            1.0,
+        ),
+        (
+            "virtio_mem_events_total region=0x100000000 event=host_failure",
             1.0,
         ),
         (
