@@ -236,8 +236,8 @@ impl Machine {
         self.mailbox.report(self.vcpu_count, block_count)
     }
 
-    /// Asks the guest for a report and waits for it. Everything in it is from one moment, and that is after
-    /// every interrupt raised before this is called.
+    /// Asks the guest for a report and waits for it. Everything in it but the workers' counters, which go on, is
+    /// from one moment, and that is after every interrupt raised before this is called.
     ///
     /// # Errors
     ///

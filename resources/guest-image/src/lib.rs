@@ -8,6 +8,7 @@
 //! thread-local storage.
 #![no_std]
 
+pub mod forbidden;
 pub mod heap;
 pub mod memory;
 pub mod panic;

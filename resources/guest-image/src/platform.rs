@@ -14,7 +14,7 @@ use virtio_mem_driver::hotplug::PhysicalMemory;
 use vmem_guest::Platform;
 use vmem_guest::abi::{BootInfo, Mailbox};
 
-use crate::{heap, registers, start};
+use crate::{forbidden, heap, registers, start};
 
 /// Bytes of virtio-mmio registers, with the configuration space.
 const REGISTERS_LEN: usize = 0x1000;
@@ -85,11 +85,8 @@ impl Platform for BarePlatform {
     }
 
     fn touch(&self, address: u64) {
-        let memory = pointer(address).cast::<u64>();
-        // SAFETY: none; if there is no memory the host has to answer for it. What is there stays as it is.
-        let value = unsafe { memory.read_volatile() };
-        // SAFETY: as above.
-        unsafe { memory.write_volatile(value) };
+        // What is there stays as it is.
+        forbidden::write(address, forbidden::read(address));
     }
 }
 

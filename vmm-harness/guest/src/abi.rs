@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64};
 /// First field of [`BootInfo`], so that an image built for another layout stops at once.
 pub const BOOT_MAGIC: u64 = 0x7631_6d65_6d76_0001;
 
-/// How the guest finds its world. One per guest, in boot memory, read-only to the guest.
+/// How the guest finds its world. One per guest, in boot memory; the guest only reads it.
 ///
 /// Every vCPU enters the image at its entry point with `rdi` = address of this, `rsi` = vCPU index, `rdx` =
 /// TSC frequency in kHz and `rsp` = the top of a stack of its own, at ring 3 in 64-bit mode, all memory mapped one to one.

@@ -5,17 +5,13 @@
 //! `vmm-harness/tests/vm.rs` uses the same numbers.
 #![no_std]
 #![no_main]
-#![expect(
-    unsafe_code,
-    reason = "the point of this program is to do what no program may do"
-)]
 extern crate alloc;
 
 use alloc::vec;
 use core::sync::atomic::Ordering;
 
 use vmem_guest::abi::{BootInfo, command};
-use vmem_guest_image::{guest_main, registers, start};
+use vmem_guest_image::{forbidden, guest_main, registers, start};
 
 guest_main!(main);
 
@@ -47,13 +43,12 @@ fn main(boot: &'static BootInfo, vcpu: usize) {
         };
     }
     let argument = boot.worker_pages;
-    let pointer = core::ptr::with_exposed_provenance_mut::<u64>(registers::address(argument));
     match boot.seed & !OTHERS_SPIN {
         PANIC => panic!("asked to panic on vCPU {vcpu}"),
-        // SAFETY: none, the address may be anything. The harness has to answer for it.
-        READ => drop(unsafe { pointer.read_volatile() }),
-        // SAFETY: as above.
-        WRITE => unsafe { pointer.write_volatile(0x7665_6d76) },
+        READ => {
+            let _ = forbidden::read(argument);
+        }
+        WRITE => forbidden::write(argument, 0x7665_6d76),
         SPIN => spin(),
         WAIT => {
             let mailbox = start::mailbox(boot);
