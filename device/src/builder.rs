@@ -39,6 +39,7 @@ pub struct Builder {
     persistent_suspend: bool,
     keep_on_system_reset: bool,
     populate_threads: Option<NonZero<usize>>,
+    discard_threads: Option<NonZero<usize>>,
     state: Option<State>,
 }
 
@@ -112,6 +113,7 @@ impl Builder {
             persistent_suspend: false,
             keep_on_system_reset: false,
             populate_threads: None,
+            discard_threads: None,
             state: None,
         }
     }
@@ -187,6 +189,13 @@ impl Builder {
     #[must_use]
     pub fn populate(mut self, threads: NonZero<usize>) -> Self {
         self.populate_threads = Some(threads);
+        self
+    }
+
+    /// Gives large ranges back on up to `threads` threads; on the thread that serves the queue if not given.
+    #[must_use]
+    pub fn discard_threads(mut self, threads: NonZero<usize>) -> Self {
+        self.discard_threads = Some(threads);
         self
     }
 
@@ -283,6 +292,7 @@ impl Builder {
             slots: SlotTable::new(self.slots, geometry, host_address, slot_size),
             slot_size,
             populate_threads: self.populate_threads,
+            discard_threads: self.discard_threads,
             observers,
             keep_on_system_reset: self.keep_on_system_reset,
             usable_extent,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use virtio_mem_wire::BlockRange;
 
-use crate::backing::populate;
+use crate::backing::{discard, populate};
 use crate::busy::BusyCause;
 use crate::device::{Core, Device, Refusal};
 use crate::observers::{ObserverError, ObserverId, PlugObserver, Run, all_or_none};
@@ -107,7 +107,11 @@ impl Device {
                 return Err(refuse(core, "removing a slot", error, restored, runs));
             }
         }
-        if let Err(source) = self.backing.discard(bytes) {
+        let discarded = match self.discard_threads {
+            Some(threads) => discard(&*self.backing, bytes, threads),
+            None => self.backing.discard(bytes),
+        };
+        if let Err(source) = discarded {
             let restored = self.give_again(core, runs, runs);
             return Err(refuse(
                 core,

@@ -145,6 +145,30 @@ fn unplug_all_is_all_or_nothing() {
 }
 
 #[test]
+fn memory_is_given_back_on_several_threads_all_or_nothing() {
+    let threads = std::num::NonZero::new(3).unwrap();
+    let mut rig = Rig::with(4 * GIB, |b| b.requested_size(GIB).discard_threads(threads));
+    rig.plug(0, 128);
+    for block in 0..128 {
+        rig.fill(block, block as u8 + 1);
+    }
+    let before = picture(&rig);
+    // Refused at once: everything is still there.
+    rig.faults.discard.script(&[false]);
+    assert_eq!(rig.unplug(0, 128), Response::Busy);
+    assert_eq!(picture(&rig), before);
+    assert!((0..128).all(|block| rig.holds(block, block as u8 + 1)));
+    // Refused in the middle: the guest's blocks are gone, and the second try gives all of it back.
+    rig.faults.discard.script(&[true, true, false]);
+    assert_eq!(rig.unplug(0, 128), Response::Ack);
+    assert_eq!(rig.handle.resident_bytes().unwrap(), 0);
+    rig.plug(0, 1);
+    rig.fill(0, 1);
+    assert_eq!(rig.unplug(0, 1), Response::Ack, "small ranges, too");
+    assert_eq!(rig.handle.resident_bytes().unwrap(), 0);
+}
+
+#[test]
 fn failure_that_cannot_be_undone_stops_the_device_and_tells_the_operator() {
     let mut rig = Rig::new();
     rig.plug(0, 2);

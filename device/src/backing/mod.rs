@@ -4,6 +4,7 @@ mod anonymous;
 mod hugetlb;
 mod mapping;
 mod memfd;
+mod pieces;
 mod populate;
 mod private_file;
 
@@ -15,6 +16,7 @@ use std::ptr::NonNull;
 pub use anonymous::Anonymous;
 pub use hugetlb::Hugetlb;
 pub use memfd::Memfd;
+pub(crate) use pieces::discard;
 pub(crate) use populate::populate;
 pub use private_file::PrivateFile;
 

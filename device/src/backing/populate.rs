@@ -8,14 +8,11 @@ use std::io;
 use std::num::NonZero;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::thread;
 
 use rustix::mm::Advice;
 
 use super::Backing;
-
-/// What one thread takes at least: clearing it takes milliseconds, starting a thread a tenth of one.
-const MIN_PIECE: u64 = 32 << 20;
+use super::pieces::in_pieces;
 
 /// Makes all of an open range resident, its contents unchanged, on up to `threads` threads.
 ///
@@ -25,27 +22,7 @@ pub(crate) fn populate(
     range: Range<u64>,
     threads: NonZero<usize>,
 ) -> io::Result<()> {
-    let len = range.end - range.start;
-    let piece = len
-        .div_ceil(threads.get() as u64)
-        .next_multiple_of(MIN_PIECE);
-    let first = range.start..range.end.min(range.start + piece);
-    thread::scope(|scope| {
-        let mut workers = Vec::new();
-        let mut rest = first.end..range.end;
-        while !rest.is_empty() {
-            let part = rest.start..rest.end.min(rest.start + piece);
-            rest.start = part.end;
-            let worker = thread::Builder::new().name("virtio-mem-fill".into());
-            workers.push(worker.spawn_scoped(scope, || populate_piece(backing, part))?);
-        }
-        let mut result = populate_piece(backing, first);
-        for worker in workers {
-            let died = |_| Err(io::Error::other("a populating thread panicked"));
-            result = result.and(worker.join().unwrap_or_else(died));
-        }
-        result
-    })
+    in_pieces(backing, range, threads, populate_piece)
 }
 
 fn populate_piece(backing: &dyn Backing, range: Range<u64>) -> io::Result<()> {

@@ -114,12 +114,17 @@ impl World {
         }
     }
 
-    /// Lets the driver get as far as it can: to its target, or until it tries a second time in vain.
+    /// Lets the driver get as far as it can: to its target, or until it has tried in vain for longer than it
+    /// waits for memory to move pages to.
     fn rest(&mut self) {
+        const TRIES_IN_VAIN: usize = 8;
         let mut plugged_before = None;
-        for _ in 0..20 {
-            let refused = !self.rig.device.state().misbehave.is_empty();
+        let mut in_vain = 0;
+        // Each refusal of the device takes a try, and each range that cannot be emptied may take several.
+        for _ in 0..1000 {
+            let refusals = self.rig.device.state().misbehave.len();
             let progress = self.rig.run();
+            let refused = self.rig.device.state().misbehave.len() < refusals;
             self.rig.check();
             match progress {
                 Progress::Settled => return,
@@ -130,7 +135,9 @@ impl World {
                 other => panic!("{other:?}"),
             }
             let plugged = self.rig.driver.plugged_size();
-            if !refused && plugged_before.replace(plugged) == Some(plugged) {
+            let same = plugged_before.replace(plugged) == Some(plugged);
+            in_vain = if same && !refused { in_vain + 1 } else { 0 };
+            if in_vain == TRIES_IN_VAIN {
                 return;
             }
         }
