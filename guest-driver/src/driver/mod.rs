@@ -20,9 +20,9 @@ use core::fmt;
 
 use virtio_drivers::Hal;
 use virtio_drivers::transport::{DeviceStatus, InterruptStatus, Transport};
-use virtio_mem_wire::{BlockMap, BlockRange, BlockState, Config, Features};
+use virtio_mem_wire::{BlockMap, BlockRange, Config, Features};
 
-use crate::hotplug::{self, Hotplug, Isolation, PhysicalMemory};
+use crate::hotplug::{self, Hotplug, Isolation, OnlineType, PhysicalMemory};
 
 mod config;
 mod counters;
@@ -42,21 +42,21 @@ pub use progress::{Failure, Progress, Stall};
 use layout::Layout;
 use queue::RequestQueue;
 
-/// Whether memory the driver adds is brought online by it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnlineType {
-    /// Added memory stays offline until [`MemDriver::online_block`].
-    Offline,
-    /// Added memory is used for movable pages, so that it can be unplugged again.
-    #[default]
-    Movable,
+/// What the kernel that embeds the driver may choose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// How memory that was just added goes online, unless the hotplug core has seen to that; `None` leaves it offline
+    /// until [`MemDriver::online_block`].
+    pub auto_online: Option<OnlineType>,
 }
 
-/// What the kernel that embeds the driver may choose.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Policy {
-    /// What happens to memory that was just added.
-    pub auto_online: OnlineType,
+impl Default for Policy {
+    /// Added memory is used for movable pages, so that it can be unplugged again.
+    fn default() -> Self {
+        Self {
+            auto_online: Some(OnlineType::Movable),
+        }
+    }
 }
 
 /// A request the device has not answered yet.
@@ -181,23 +181,18 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     ///
     /// # Errors
     ///
-    /// [`hotplug::Error::Invalid`] if the driver did not add it or it is not offline.
+    /// [`hotplug::Error::Invalid`] if the driver did not add it, and those of [`Hotplug::online`].
     pub fn online_block<M: PhysicalMemory>(
         &self,
         hotplug: &mut Hotplug<M>,
         id: u64,
+        online_type: OnlineType,
     ) -> Result<(), hotplug::Error> {
         if !self.added.contains(&id) {
             return Err(hotplug::Error::Invalid);
         }
-        // G-06, G-10: pages of unplugged blocks never reach the allocator.
-        hotplug.online(id, |bytes| {
-            let len = bytes.end - bytes.start;
-            self.layout
-                .geometry
-                .blocks_touching(bytes.start, len)
-                .is_some_and(|range| self.plugged.state(range) == BlockState::Plugged)
-        })
+        // G-06, G-10: pages of unplugged blocks are withheld, so they never reach the allocator.
+        hotplug.online(id, online_type)
     }
 
     /// The feature bits in use.

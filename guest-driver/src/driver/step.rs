@@ -8,10 +8,11 @@ use virtio_mem_wire::{Answer, BlockRange, Config, Request, Span};
 
 use super::plan::{Plan, Presence, UnplugChoice};
 use super::{
-    ConfigReadError, Emptying, Failure, InFlight, MemDriver, OnlineType, Progress, Stall, Waiting,
-    config,
+    ConfigReadError, Emptying, Failure, InFlight, MemDriver, Progress, Stall, Waiting, config,
 };
-use crate::hotplug::{self, BlockState, Error, Hotplug, Migration, PhysicalMemory};
+use crate::hotplug::{
+    self, AddMemory, BlockState, Error, Hotplug, Migration, Owner, PhysicalMemory,
+};
 
 /// The first wait after a refusal. It doubles with each refusal in a row.
 pub(super) const RETRY_MIN_MS: u64 = 10;
@@ -228,15 +229,21 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         self.plugged.insert(range);
         let id = self.layout.memory_block_of(range.first);
         if self.added.contains(&id) {
-            if hotplug.block_state(id) == Some(BlockState::Online) {
-                let (start, size) = self.layout.bytes(range);
-                let done = hotplug.fake_online(start, size);
-                self.ensure("completing", range, done)?;
-            }
-            return Ok(());
+            let (start, size) = self.layout.bytes(range);
+            let done = hotplug.fake_online(start, size);
+            return self.ensure("completing", range, done);
         }
         let size = self.layout.memory_block_size;
-        match hotplug.add_memory(id * size, size) {
+        // The first blocks plugged are those at its start.
+        let (start, plugged) = self.layout.bytes(range);
+        let request = AddMemory {
+            owner: owner(),
+            resource_name: "System RAM (virtio_mem)",
+            merge_resource: true,
+            withheld: start + plugged..(id + 1) * size,
+            ..AddMemory::new(id * size, size)
+        };
+        match hotplug.add_memory(&request) {
             Ok(()) => {}
             // No memory for its bookkeeping; or somebody else has added it meanwhile.
             Err(Error::NoMemory | Error::Exists) => {
@@ -247,13 +254,14 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             error => return self.ensure("adding", range, error),
         }
         self.added.insert(id);
-        match self.policy.auto_online {
-            OnlineType::Offline => Ok(()),
-            OnlineType::Movable => {
-                let done = self.online_block(hotplug, id);
-                self.ensure("onlining", range, done)
-            }
+        let offline = hotplug.block_state(id) == Some(BlockState::Offline);
+        if let Some(online_type) = self.policy.auto_online.filter(|_| offline)
+            && let Err(error) = self.online_block(hotplug, id, online_type)
+        {
+            // Somebody may object; the memory is there all the same.
+            log::warn!("virtio-mem: memory block {id} stays offline: {error}");
         }
+        Ok(())
     }
 
     /// `range` is unplugged; a memory block that has nothing else is removed.
@@ -293,13 +301,13 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         now_ms: u64,
     ) -> Result<Progress, Failure> {
         let UnplugChoice { range, online } = choice;
-        if !online {
-            return self.send(InFlight::Unplug {
-                range,
-                taken: false,
-            });
-        }
         let (start, size) = self.layout.bytes(range);
+        if !online {
+            // Before the request: it may go online while that is under way (G-11).
+            let taken = hotplug.fake_offline(start, size);
+            self.ensure("taking", range, taken)?;
+            return self.send(InFlight::Unplug { range, taken: true });
+        }
         match hotplug.isolate(start, size) {
             Ok(isolation) => self.emptying = Some(Emptying { isolation, range }),
             Err(error @ (Error::Busy | Error::NoMemory)) => self.give_up(range, error, now_ms),
@@ -397,7 +405,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             Some(BlockState::Online) => hotplug.offline(id),
             _ => Ok(()),
         };
-        match offline.and_then(|()| hotplug.remove_memory(id * size, size)) {
+        match offline.and_then(|()| hotplug.remove_memory(owner(), id * size, size)) {
             Ok(()) => {
                 self.added.remove(&id);
             }
@@ -477,4 +485,9 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         });
         self.retry_delay_ms = (self.retry_delay_ms * 2).min(RETRY_MAX_MS);
     }
+}
+
+/// Whose memory it is: all virtio-mem devices', as they have regions of their own.
+fn owner() -> Owner {
+    Owner::driver(virtio_mem_wire::VIRTIO_ID_MEM as u16)
 }

@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 
 use super::Error;
-use super::section::Section;
+use super::page::Memmap;
 
 /// Names an allocated page, wherever it is moved to, until it is freed.
 ///
@@ -23,11 +23,17 @@ pub enum Mobility {
     Unmovable,
 }
 
+impl PageHandle {
+    pub(super) fn index(self) -> u32 {
+        self.index
+    }
+}
+
 /// What a handle names.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Held {
-    /// Page frame number; meaningless while `generation` is not current.
-    pub(super) pfn: u64,
+    /// Page frame number, or [`Self::LOST`]; meaningless while `generation` is not current.
+    pfn: u64,
     /// How many pins there are. A slot without a page has none.
     pins: u32,
     generation: u32,
@@ -36,12 +42,26 @@ pub(super) struct Held {
 impl Held {
     /// Pins of a page that is pinned for good.
     const UNMOVABLE: u32 = u32::MAX;
+    /// No page frame has this number: the page broke.
+    const LOST: u64 = u64::MAX;
+
+    /// The page frame; `None` if the page and its contents are lost.
+    pub(super) fn pfn(&self) -> Option<u64> {
+        (self.pfn != Self::LOST).then_some(self.pfn)
+    }
+
+    pub(super) fn mobility(&self) -> Mobility {
+        match self.pins {
+            Self::UNMOVABLE => Mobility::Unmovable,
+            _ => Mobility::Movable,
+        }
+    }
 
     pub(super) fn is_pinned(&self) -> bool {
         self.pins != 0
     }
 
-    pub(super) fn is_unmovable(&self) -> bool {
+    fn is_unmovable(&self) -> bool {
         self.pins == Self::UNMOVABLE
     }
 }
@@ -51,12 +71,19 @@ impl Held {
 pub(super) struct Handles {
     slots: Vec<Held>,
     vacant: Vec<u32>,
+    lost: usize,
 }
 
 impl Handles {
     /// Number of pages that have a handle.
     pub(super) fn count(&self) -> usize {
-        self.slots.len() - self.vacant.len()
+        self.slots.len() - self.vacant.len() - self.lost
+    }
+
+    /// The page of the handle with this index, which is not pinned, is no more.
+    pub(super) fn lose(&mut self, index: u32) {
+        self.slots[index as usize].pfn = Held::LOST;
+        self.lost += 1;
     }
 
     /// The index the next [`insert`](Self::insert) will use; after this that cannot fail.
@@ -64,7 +91,7 @@ impl Handles {
         if let Some(index) = self.vacant.last() {
             return Ok(*index);
         }
-        if self.slots.len() >= Section::MAX_HANDLES {
+        if self.slots.len() >= Memmap::MAX_HANDLES {
             return Err(Error::NoMemory);
         }
         self.slots.try_reserve(1).map_err(|_| Error::NoMemory)?;
@@ -122,6 +149,7 @@ impl Handles {
     /// Forgets a handle that [`get`](Self::get) has just found.
     pub(super) fn remove(&mut self, handle: PageHandle) {
         let slot = &mut self.slots[handle.index as usize];
+        self.lost -= usize::from(slot.pfn == Held::LOST);
         slot.generation = slot.generation.wrapping_add(1);
         slot.pins = 0;
         self.vacant.push(handle.index);
@@ -129,6 +157,7 @@ impl Handles {
 
     pub(super) fn pin(&mut self, handle: PageHandle) -> Result<u64, Error> {
         let held = self.get(handle)?;
+        let pfn = held.pfn().ok_or(Error::HwPoison)?;
         if !held.is_unmovable() {
             // One pin short of UNMOVABLE is where counting ends.
             if held.pins == Held::UNMOVABLE - 1 {
@@ -136,7 +165,7 @@ impl Handles {
             }
             self.slots[handle.index as usize].pins += 1;
         }
-        Ok(held.pfn)
+        Ok(pfn)
     }
 
     pub(super) fn unpin(&mut self, handle: PageHandle) -> Result<(), Error> {
@@ -163,7 +192,7 @@ mod tests {
         handles.reserve().unwrap();
         let new = handles.insert(2, Mobility::Movable);
         assert!(handles.get(old).is_err());
-        assert_eq!(handles.get(new).unwrap().pfn, 2);
+        assert_eq!(handles.get(new).unwrap().pfn(), Some(2));
     }
 
     #[test]

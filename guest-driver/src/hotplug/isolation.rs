@@ -9,12 +9,15 @@
 
 use core::ops::Range;
 
+use super::notifier::MemoryAction;
+use super::page::{Memmap, Page};
 use super::physical_memory::copy_page;
-use super::section::Page;
-use super::{BlockState, Error, Hotplug, PhysicalMemory};
+use super::{BlockState, Error, Hotplug, Mobility, PhysicalMemory, Step, ZoneKind};
 
-/// How often a range is gone through before pinned pages in it are reported.
-const PASSES: u32 = 5;
+/// How often a range is gone through before pinned pages in it are reported: where everything is supposed to be
+/// movable, and elsewhere. Offlining tries as often as the former.
+const PASSES_MOVABLE: u32 = 5;
+const PASSES_KERNEL: u32 = 1;
 
 /// A range that is being emptied: its free pages are not allocated.
 ///
@@ -28,7 +31,7 @@ pub struct Isolation {
     cursor: u64,
     /// Whether this pass left pages behind.
     blocked: bool,
-    passes: u32,
+    passes_left: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,21 +68,32 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if there is no such block or it is not online; otherwise like
-    /// [`isolate`](Self::isolate), but withheld pages do not matter.
+    /// [`Error::Invalid`] if there is no such block, it is not online, is in several zones or has holes, or memory
+    /// cannot be taken offline at all; whatever a notifier objects with; otherwise like [`isolate`](Self::isolate), but
+    /// withheld and poisoned pages do not matter.
     pub fn isolate_block(&mut self, id: u64) -> Result<Isolation, Error> {
-        if self.block_state(id) != Some(BlockState::Online) {
+        let block = self.blocks.get(&id).copied().ok_or(Error::Invalid)?;
+        let whole = block.ram_pages == self.block_pages();
+        let possible = self.config.hot_remove && block.zone.is_some() && whole;
+        if block.state != BlockState::Online || !possible {
             return Err(Error::Invalid);
         }
-        let pageblocks = self.pageblocks_of_block(id);
+        let mut pageblocks = self.pageblocks_of_block(id);
+        pageblocks.start = self.pageblock_of(self.pages_of_block(id).start + block.memmap_pages);
         let isolation = self.start_isolation(pageblocks, Purpose::Offline(id))?;
         self.set_block_state(id, BlockState::GoingOffline);
+        let event = self.event(id, &block, MemoryAction::GoingOffline);
+        if let Err(veto) = self.notifiers.ask(&event) {
+            self.cancel(isolation);
+            return Err(veto);
+        }
         Ok(isolation)
     }
 
     /// Moves at most `max_pages` pages out of the range.
     ///
-    /// Pinned pages are passed over and looked at again in the next pass, five times.
+    /// Pinned pages are passed over and looked at again in the next pass, of which there are five in Movable and one in
+    /// kernel zones.
     ///
     /// # Errors
     ///
@@ -90,30 +104,38 @@ impl<M: PhysicalMemory> Hotplug<M> {
         isolation: &mut Isolation,
         max_pages: u32,
     ) -> Result<Migration, Error> {
-        let pages = u64::from(self.profile.pageblock_pages());
+        let pages = u64::from(self.config.profile.pageblock_pages());
         let end = isolation.pageblocks.end * pages;
         let mut budget = max_pages;
         while isolation.cursor < end {
-            let (section, pageblock) = self.present(self.pageblock_of(isolation.cursor));
-            if section.held_pages(pageblock) == 0 {
-                isolation.cursor = (isolation.cursor / pages + 1) * pages;
+            let pageblock = self.pageblock_of(isolation.cursor);
+            let (memmap, index) = self.present(pageblock);
+            let (_, page) = self.locate_page(isolation.cursor);
+            let touched = memmap.touched_pages_of(index);
+            if memmap.pageblocks[index].held == 0 || page >= touched.end {
+                isolation.cursor = (pageblock + 1) * pages;
                 continue;
             }
-            let (_, page) = self.locate_page(isolation.cursor);
-            if let Page::Held { handle } = section.page(page) {
+            if let Page::Held { handle } = memmap.page(page) {
                 if budget == 0 {
                     return Ok(Migration::More);
                 }
                 budget -= 1;
-                isolation.blocked |= !self.migrate_page(isolation.cursor, handle)?;
+                match self.migrate_away(isolation.cursor, handle)? {
+                    Some(to) => {
+                        self.handles.move_to(handle, to);
+                        self.put_page(isolation.cursor, Mobility::Movable);
+                    }
+                    None => isolation.blocked = true,
+                }
             }
             isolation.cursor += 1;
         }
         if !isolation.blocked {
             return Ok(Migration::Done);
         }
-        isolation.passes += 1;
-        if isolation.passes == PASSES {
+        isolation.passes_left -= 1;
+        if isolation.passes_left == 0 {
             return Err(Error::Busy);
         }
         isolation.cursor = isolation.pageblocks.start * pages;
@@ -127,20 +149,19 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// [`Error::Busy`] if it is not empty yet; everything is undone then.
     pub fn commit(&mut self, isolation: Isolation) -> Result<(), Error> {
-        let mut pageblocks = isolation.pageblocks.clone();
-        let in_use = pageblocks.any(|pageblock| {
-            let (section, index) = self.present(pageblock);
-            section.held_pages(index) > 0
+        let in_use = isolation.pageblocks.clone().any(|pageblock| {
+            let (memmap, index) = self.present(pageblock);
+            memmap.pageblocks[index].held > 0
         });
-        if in_use {
+        let done = self.faults.reach(Step::Commit);
+        let done = done.and(if in_use { Err(Error::Busy) } else { Ok(()) });
+        if let Err(error) = done {
             self.cancel(isolation);
-            return Err(Error::Busy);
+            return Err(error);
         }
-        for pageblock in isolation.pageblocks {
-            self.withhold_pageblock(pageblock);
-        }
-        if let Purpose::Offline(id) = isolation.purpose {
-            self.set_block_offline(id);
+        match isolation.purpose {
+            Purpose::Take => self.set_withheld(isolation.pageblocks, true),
+            Purpose::Offline(id) => self.set_block_offline(id),
         }
         Ok(())
     }
@@ -148,54 +169,90 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// Lets the pages of the range be allocated again. Pages that were moved stay where they are.
     pub fn cancel(&mut self, isolation: Isolation) {
         for pageblock in isolation.pageblocks {
-            let (section, index) = self.present_mut(pageblock);
-            let counts = &mut section.pageblocks[index];
-            counts.isolated = false;
-            let free = counts.free;
-            if free > 0 {
-                self.allocatable.insert(pageblock);
-                self.counts.allocatable += u64::from(free);
-            }
+            self.modify(pageblock, |memmap, index| {
+                memmap.pageblocks[index].isolated = false;
+            });
         }
         if let Purpose::Offline(id) = isolation.purpose {
             self.set_block_state(id, BlockState::Online);
+            if let Some(block) = self.blocks.get(&id).copied() {
+                let event = self.event(id, &block, MemoryAction::CancelOffline);
+                self.notifiers.tell(&event);
+            }
         }
     }
 
-    /// Takes the pages of `[start, start + size)` from the allocator, moving what is in use (Linux:
-    /// `alloc_contig_range` and `PageOffline`).
+    /// Keeps the pages of `[start, start + size)` from the allocator, moving what is in use: the range is allocated in one
+    /// piece and marked, and its memory block can still go offline (Linux: `alloc_contig_range` and `PageOffline`).
+    ///
+    /// Pages of offline memory blocks are kept from it once they go online.
     ///
     /// # Errors
     ///
     /// Those of [`isolate`](Self::isolate) and [`migrate`](Self::migrate). Everything is undone then, but pages
     /// that were moved stay where they are.
     pub fn fake_offline(&mut self, start: u64, size: u64) -> Result<(), Error> {
+        let pageblocks = self.pageblocks(start, size)?;
+        if self.state_of(&pageblocks)? == BlockState::Offline {
+            if self.any_withheld(&pageblocks, true) {
+                return Err(Error::Busy);
+            }
+            self.set_withheld(pageblocks, true);
+            return Ok(());
+        }
         let isolation = self.isolate(start, size)?;
         self.empty(isolation)
     }
 
-    /// Gives the withheld pages of `[start, start + size)` to the allocator. Their contents are undefined (G-12).
+    /// Gives the withheld pages of `[start, start + size)` to the allocator, at once or when their memory block goes
+    /// online. Their contents are undefined (G-12).
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] unless the range is made of whole pageblocks of online memory, all withheld.
+    /// [`Error::Invalid`] unless the range is made of whole pageblocks, all withheld, of memory blocks in one state.
     pub fn fake_online(&mut self, start: u64, size: u64) -> Result<(), Error> {
         let pageblocks = self.pageblocks(start, size)?;
-        let pages = self.profile.pageblock_pages();
-        let withheld = pageblocks.clone().all(|pageblock| {
-            let (number, index) = self.locate(pageblock);
-            self.sections.get(&number).is_some_and(|section| {
-                let counts = &section.pageblocks[index];
-                section.online && counts.offline == pages && !counts.isolated
-            })
-        });
-        if !withheld {
+        self.state_of(&pageblocks)?;
+        if self.any_withheld(&pageblocks, false) {
             return Err(Error::Invalid);
         }
-        for pageblock in pageblocks {
-            self.release_pageblock(pageblock);
-        }
+        self.set_withheld(pageblocks, false);
         Ok(())
+    }
+
+    /// The state that all memory blocks of the range share.
+    fn state_of(&self, pageblocks: &Range<u64>) -> Result<BlockState, Error> {
+        let first = self.block_of_pageblock(pageblocks.start);
+        let last = self.block_of_pageblock(pageblocks.end - 1);
+        let state = self.block_state(first).ok_or(Error::Invalid)?;
+        let same = (first..=last).all(|id| self.block_state(id) == Some(state));
+        same.then_some(state).ok_or(Error::Invalid)
+    }
+
+    /// Whether any pageblock of the range is, or is not, withheld.
+    fn any_withheld(&self, pageblocks: &Range<u64>, withheld: bool) -> bool {
+        pageblocks.clone().any(|pageblock| {
+            let (memmap, index) = self.present(pageblock);
+            memmap.pageblocks[index].withheld == withheld
+        })
+    }
+
+    /// Takes emptied pageblocks from the allocator or gives withheld ones to it.
+    fn set_withheld(&mut self, pageblocks: Range<u64>, withheld: bool) {
+        for pageblock in pageblocks {
+            self.modify(pageblock, |memmap, index| {
+                memmap.pageblocks[index].withheld = withheld;
+                // What is given back into a memory block that is going offline stays isolated.
+                memmap.pageblocks[index].isolated &= !withheld;
+                if memmap.pageblocks[index].zone.is_some() {
+                    let state = match withheld {
+                        true => Page::Withheld,
+                        false => Page::Free { next: None },
+                    };
+                    memmap.fill(index, state);
+                }
+            });
+        }
     }
 
     fn start_isolation(
@@ -203,46 +260,69 @@ impl<M: PhysicalMemory> Hotplug<M> {
         pageblocks: Range<u64>,
         purpose: Purpose,
     ) -> Result<Isolation, Error> {
+        self.faults.reach(Step::Isolate)?;
         let mut held = 0;
         let mut free = 0;
+        let mut passes = PASSES_MOVABLE;
         for pageblock in pageblocks.clone() {
             let (number, index) = self.locate(pageblock);
             let section = self.sections.get(&number).filter(|s| s.online);
-            let section = section.ok_or(Error::Invalid)?;
-            let counts = &section.pageblocks[index];
-            let taken = purpose == Purpose::Take && counts.offline > 0;
-            if counts.isolated || counts.unmovable > 0 || taken {
+            let memmap = section.and_then(|section| section.memmap.as_ref());
+            let memmap = memmap.ok_or(Error::Invalid)?;
+            let counts = &memmap.pageblocks[index];
+            let zone = counts.zone.ok_or(Error::Invalid)?;
+            if counts.isolated || !can_be_emptied(memmap, index, purpose) {
                 return Err(Error::Busy);
             }
-            held += u64::from(section.held_pages(index));
+            if zone.kind != ZoneKind::Movable && purpose == Purpose::Take {
+                passes = PASSES_KERNEL;
+            }
+            held += u64::from(counts.held);
             free += u64::from(counts.free);
         }
-        if held > self.counts.allocatable - free {
+        let allocatable = self.counts().allocatable;
+        if held > allocatable - free {
             return Err(Error::NoMemory);
         }
         for pageblock in pageblocks.clone() {
-            let (section, index) = self.present_mut(pageblock);
-            section.pageblocks[index].isolated = true;
-            self.allocatable.remove(&pageblock);
+            self.modify(pageblock, |memmap, index| {
+                memmap.pageblocks[index].isolated = true;
+            });
         }
-        self.counts.allocatable -= free;
         Ok(Isolation {
             purpose,
-            cursor: pageblocks.start * u64::from(self.profile.pageblock_pages()),
+            cursor: pageblocks.start * u64::from(self.config.profile.pageblock_pages()),
             pageblocks,
             blocked: false,
-            passes: 0,
+            passes_left: passes,
         })
     }
 
-    /// Moves one held page to where there is room; `false` if it is pinned.
-    fn migrate_page(&mut self, from: u64, handle: u32) -> Result<bool, Error> {
+    /// Copies a held page to where there is room, for the handle with this index, which then names neither yet: the
+    /// caller moves it on and decides what becomes of the old page. `None` if it is pinned.
+    pub(super) fn migrate_away(&mut self, from: u64, handle: u32) -> Result<Option<u64>, Error> {
         if self.handles.by_index(handle).is_pinned() {
             self.statistics.pages_pinned += 1;
-            return Ok(false);
+            return Ok(None);
         }
-        let to = self.take_page(handle)?;
-        let page_shift = self.profile.page_shift;
+        self.faults.reach(Step::Migrate)?;
+        let (memmap, index) = self.present(self.pageblock_of(from));
+        let nid = memmap.pageblocks[index].zone.map_or(0, |zone| zone.nid);
+        let target = self.nodes.pick_target(nid).ok_or(Error::NoMemory)?;
+        Ok(Some(self.copy_to(from, handle, target)))
+    }
+
+    /// Moves a page that is not pinned to a pageblock that has free ones.
+    pub(super) fn move_page(&mut self, from: u64, handle: u32, target: u64) {
+        let to = self.copy_to(from, handle, target);
+        self.handles.move_to(handle, to);
+        self.put_page(from, Mobility::Movable);
+    }
+
+    fn copy_to(&mut self, from: u64, handle: u32, target: u64) -> u64 {
+        debug_assert!(!self.handles.by_index(handle).is_pinned());
+        let to = self.take_page(target, handle, Mobility::Movable);
+        let page_shift = self.config.profile.page_shift;
         // SAFETY: Both frames are held by this handle, in online sections, and different, because `from` is
         // held while `to` was free. The handle is not pinned, and can only be pinned through the exclusive
         // reference we have, so nobody has a pointer to either.
@@ -251,12 +331,23 @@ impl<M: PhysicalMemory> Hotplug<M> {
                 &self.memory,
                 from << page_shift,
                 to << page_shift,
-                self.profile.page_size(),
+                self.config.profile.page_size(),
             );
         }
-        self.handles.move_to(handle, to);
-        self.put_page(from);
         self.statistics.pages_migrated += 1;
-        Ok(true)
+        to
     }
+}
+
+/// Whether nothing in the pageblock is there for ever, or is somebody else's.
+fn can_be_emptied(memmap: &Memmap, index: usize, purpose: Purpose) -> bool {
+    let counts = &memmap.pageblocks[index];
+    let pages = memmap.pageblock_pages;
+    let movable = counts.unmovable == 0 && counts.reserved(pages) == 0 && counts.absent == 0;
+    // Memory for contiguous allocations is emptied for those, not for offlining.
+    let wanted = match purpose {
+        Purpose::Take => counts.free + counts.held == pages,
+        Purpose::Offline(_) => counts.class != super::page::Class::Cma,
+    };
+    movable && wanted
 }

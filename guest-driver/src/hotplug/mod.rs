@@ -1,43 +1,97 @@
-//! Memory hotplug: sections, memory blocks, their pages, and how pages in use are moved out of the way.
+//! Memory hotplug: sections, memory blocks, zones, their pages, and how pages in use are moved out of the way.
 //!
-//! A first, honest bookkeeping with Linux's words and order: memory is [added](Hotplug::add_memory) in whole
-//! memory blocks, becomes allocatable when a block is brought [online](Hotplug::online), and leaves the other
-//! way round. It knows nothing of virtio. Not here yet: zones, nodes, notifiers, the cost of page metadata,
-//! device memory, boot memory.
+//! The bookkeeping a kernel needs to add, online, offline and remove memory, with Linux's words, order and errors. It
+//! knows nothing of virtio. One [`Hotplug`] is the memory of one machine; each concept has a file:
 //!
-//! Pages are allocated lowest address first, because memory is unplugged from high to low. The user of a
-//! movable page holds a [`PageHandle`] and pins it around each access; a page that is not pinned may be moved,
-//! with its contents, at any other time.
+//! | concept | | |
+//! |---|---|---|
+//! | resource, owner | `resource` | who has which addresses, and who may remove them |
+//! | section, sub-section | `section` | which page frames have metadata |
+//! | memory block | `memory_block` | the unit of adding, onlining, offlining, removing |
+//! | zone, node | `node`, `zone_rules`, `zone_choice` | where memory goes when it comes online |
+//! | memory group | `group`, `auto_movable` | memory of one device, and how much of it may be Movable |
+//! | page, pageblock | `page`, `allocator`, `isolation` | what is allocated, and how a range is emptied |
+//! | metadata | `memmap` | what it costs, and where it may live |
+//! | notifier, uevent, sysfs | `notifier`, `uevent`, `sysfs` | who hears of it, who asks for it |
+//! | device memory | `device_memory` | page frames beside RAM that never come online |
+//! | broken memory | `poison` | |
+//!
+//! ```text
+//!  page 4 KiB  <  sub-section 2 MiB  <=  section 128 MiB  <=  memory block 128 MiB .. 2 GiB
+//!                 pageblock 2 MiB        (sizes of x86-64; see Profile)
+//! ```
+//!
+//! Pages are allocated lowest address first, because memory is unplugged from high to low. The user of a movable page
+//! holds a [`PageHandle`] and pins it around each access; a page that is not pinned may be moved, with its contents, at
+//! any other time.
 //!
 //! Emptying a range takes time, so it is an [`Isolation`] that is worked on in bounded steps:
 //! [`isolate`](Hotplug::isolate), [`migrate`](Hotplug::migrate) until nothing is left, then
 //! [`commit`](Hotplug::commit) or [`cancel`](Hotplug::cancel).
 
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::BTreeMap;
 use core::fmt;
 use core::ops::Range;
 
 mod allocator;
+mod auto_movable;
+mod boot;
+mod config;
+mod device_memory;
 mod error;
+mod fault;
+mod group;
 mod handle;
 mod invariants;
 mod isolation;
+mod memmap;
 mod memory_block;
+mod node;
+mod notifier;
+mod online_type;
+mod page;
 mod physical_memory;
+mod poison;
 mod profile;
+mod resource;
 mod section;
+mod snapshot;
+mod sysfs;
+mod uevent;
+mod zone;
+mod zone_choice;
+mod zone_rules;
 
+pub use boot::{Boot, BootRange};
+pub use config::{Config, OnlinePolicy};
+pub use device_memory::{DeviceKind, DeviceRange};
 pub use error::Error;
+pub use fault::{Fault, Step};
+pub use group::GroupId;
 pub use handle::{Mobility, PageHandle};
 pub use isolation::{Isolation, Migration};
-pub use memory_block::BlockState;
+pub use memmap::{MemmapOnMemory, MemmapRule};
+pub use memory_block::{AddMemory, BlockInfo, BlockState, Target};
+pub use node::{NodeInfo, ZoneInfo};
+pub use notifier::{MemoryAction, MemoryEvent, MemoryNotifier, NotifierId};
+pub use online_type::OnlineType;
 pub use physical_memory::PhysicalMemory;
 pub use profile::Profile;
+pub use resource::{FirmwareMap, Intersection, Owner, Resource, ResourceFlags, ResourceTree};
+pub use section::SectionInfo;
+pub use snapshot::Snapshot;
+pub use uevent::{Uevent, UeventAction};
+pub use zone::ZoneKind;
+pub use zone_rules::ZoneRules;
 
+use group::Groups;
 use handle::Handles;
+use memory_block::MemoryBlock;
+use node::{Nodes, Share};
+use page::Memmap;
 use section::Section;
 
-/// Pages of hotplugged memory, by what the page allocator makes of them.
+/// Pages by what the page allocator makes of them, over all zones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PageCounts {
     /// Pages of online memory blocks.
@@ -59,18 +113,23 @@ pub struct Statistics {
     pub pages_pinned: u64,
 }
 
-/// The memory that was added after boot, and its pages.
+/// The memory of a machine, and its pages.
 pub struct Hotplug<M> {
-    profile: Profile,
+    config: Config,
     memory: M,
-    /// State of each memory block, by id.
-    blocks: BTreeMap<u64, BlockState>,
+    resources: ResourceTree,
     /// Each section that is present, by number.
     sections: BTreeMap<u64, Section>,
-    /// Numbers of the pageblocks that have free pages and are not isolated.
-    allocatable: BTreeSet<u64>,
+    /// Each memory block, by id.
+    blocks: BTreeMap<u64, MemoryBlock>,
+    nodes: Nodes,
+    groups: Groups,
+    device_ranges: device_memory::DeviceRanges,
     handles: Handles,
-    counts: PageCounts,
+    notifiers: notifier::Notifiers,
+    uevents: Option<uevent::UeventSink>,
+    faults: fault::Faults,
+    poisoned_pages: u64,
     statistics: Statistics,
 }
 
@@ -78,42 +137,159 @@ impl<M> fmt::Debug for Hotplug<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Neither pages nor handles: there are thousands.
         f.debug_struct("Hotplug")
-            .field("profile", &self.profile)
+            .field("config", &self.config)
             .field("blocks", &self.blocks)
-            .field("counts", &self.counts)
+            .field("counts", &self.counts())
             .field("statistics", &self.statistics)
             .finish_non_exhaustive()
     }
 }
 
 impl<M: PhysicalMemory> Hotplug<M> {
-    /// No memory yet.
+    /// No memory yet, and Linux's defaults.
     ///
     /// # Errors
     ///
     /// [`Error::Invalid`] if the sizes of `profile` do not fit into each other.
     pub fn new(profile: Profile, memory: M) -> Result<Self, Error> {
-        profile.check()?;
+        Self::with_config(Config::new(profile), memory)
+    }
+
+    fn with_config(config: Config, memory: M) -> Result<Self, Error> {
+        config.profile.check()?;
+        let firmware_map = match config.profile.boot_memory_removable {
+            true => FirmwareMap::FollowsHotplug,
+            false => FirmwareMap::Fixed,
+        };
         Ok(Self {
-            profile,
+            config,
             memory,
-            blocks: BTreeMap::new(),
+            resources: ResourceTree::new(firmware_map),
             sections: BTreeMap::new(),
-            allocatable: BTreeSet::new(),
+            blocks: BTreeMap::new(),
+            nodes: Nodes::default(),
+            groups: Groups::default(),
+            device_ranges: device_memory::DeviceRanges::default(),
             handles: Handles::default(),
-            counts: PageCounts::default(),
+            notifiers: notifier::Notifiers::default(),
+            uevents: None,
+            faults: fault::Faults::default(),
+            poisoned_pages: 0,
             statistics: Statistics::default(),
         })
     }
 
+    /// Registers the memory of a device that is added and removed in one go, `max_pages` at most (Linux:
+    /// `memory_group_register_static`).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if the node is not possible or there is no page.
+    pub fn register_static_group(&mut self, nid: u32, max_pages: u64) -> Result<GroupId, Error> {
+        self.possible(nid)?;
+        self.groups.register_static(nid, max_pages)
+    }
+
+    /// Registers the memory of a device that is added and removed in units (Linux:
+    /// `memory_group_register_dynamic`).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if the node is not possible, or `unit_pages` is not a power of two or less than a memory block.
+    pub fn register_dynamic_group(&mut self, nid: u32, unit_pages: u64) -> Result<GroupId, Error> {
+        self.possible(nid)?;
+        let profile = self.config.profile;
+        self.groups.register_dynamic(nid, unit_pages, &profile)
+    }
+
+    /// Claims a range that is not System RAM, or not yet: the region of a device, below which its driver adds memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ResourceTree::claim`].
+    pub fn claim_resource(
+        &mut self,
+        range: Range<u64>,
+        name: &str,
+        flags: ResourceFlags,
+    ) -> Result<(), Error> {
+        self.resources.claim(range, name, flags)
+    }
+
+    /// Gives a claimed range up.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ResourceTree::release`].
+    pub fn release_resource(&mut self, range: Range<u64>, name: &str) -> Result<(), Error> {
+        self.resources.release(range, name)
+    }
+
+    /// Forgets a group.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if it is unknown, [`Error::Busy`] while it has memory blocks.
+    pub fn unregister_group(&mut self, id: GroupId) -> Result<(), Error> {
+        self.groups.unregister(id)
+    }
+
+    fn possible(&self, nid: u32) -> Result<(), Error> {
+        (nid < self.config.possible_nodes)
+            .then_some(())
+            .ok_or(Error::Invalid)
+    }
+
+    /// Changes the share a pageblock that is present has in its zone, whatever `change` does to it.
+    fn modify<R>(&mut self, pageblock: u64, change: impl FnOnce(&mut Memmap, usize) -> R) -> R {
+        let (number, index) = self.locate(pageblock);
+        let section = self.sections.get_mut(&number);
+        let section = section.expect("the pageblock is present");
+        let memmap = section.memmap.as_mut();
+        let memmap = memmap.expect("only System RAM has pageblocks");
+        let before = share(memmap, index);
+        let result = change(memmap, index);
+        let after = share(memmap, index);
+        self.nodes.settle(pageblock, section.early, before, after);
+        result
+    }
+}
+
+/// What a pageblock adds to its zone.
+fn share(memmap: &Memmap, index: usize) -> Option<Share> {
+    let pageblock = &memmap.pageblocks[index];
+    Some(Share {
+        zone: pageblock.zone?,
+        tally: pageblock.tally(memmap.pageblock_pages),
+        shelf: pageblock.shelf(memmap.pageblock_pages),
+    })
+}
+
+impl<M> Hotplug<M> {
+    /// What the kernel was built and booted with, and what was set since.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// The sizes in use.
     pub fn profile(&self) -> &Profile {
-        &self.profile
+        &self.config.profile
+    }
+
+    /// Who has which addresses.
+    pub fn resources(&self) -> &ResourceTree {
+        &self.resources
     }
 
     /// Pages by what the allocator makes of them.
     pub fn counts(&self) -> PageCounts {
-        self.counts
+        let zones = self.nodes.zones();
+        zones.fold(PageCounts::default(), |sum, (_, zone)| PageCounts {
+            present: sum.present + zone.present,
+            managed: sum.managed + zone.managed,
+            free: sum.free + zone.free,
+            allocatable: sum.allocatable + zone.allocatable,
+        })
     }
 
     /// What has been done so far.
@@ -121,9 +297,30 @@ impl<M: PhysicalMemory> Hotplug<M> {
         self.statistics
     }
 
+    /// Bytes of the heap that page metadata takes; what it is charged in pages is not in it.
+    pub fn metadata_bytes(&self) -> usize {
+        let memmaps = self.sections.values().filter_map(|s| s.memmap.as_ref());
+        memmaps.map(Memmap::heap_bytes).sum::<usize>()
+            + self.sections.len() * size_of::<Section>()
+            + self.blocks.len() * size_of::<MemoryBlock>()
+    }
+
+    /// A byte range that is not empty and can be addressed.
+    fn addressable(&self, start: u64, size: u64) -> Result<Range<u64>, Error> {
+        if size == 0 {
+            return Err(Error::Invalid);
+        }
+        let end = start.checked_add(size).ok_or(Error::TooBig)?;
+        let limit = 1u64.checked_shl(self.config.profile.physical_address_bits);
+        match limit {
+            Some(limit) if end > limit => Err(Error::TooBig),
+            _ => Ok(start..end),
+        }
+    }
+
     /// The pageblocks of the byte range, which must be aligned to them and not empty.
     fn pageblocks(&self, start: u64, size: u64) -> Result<Range<u64>, Error> {
-        self.units(start, size, self.profile.pageblock_shift)
+        self.units(start, size, self.config.profile.pageblock_shift)
     }
 
     /// The units of `1 << shift` bytes in a byte range made of whole ones.
@@ -137,58 +334,31 @@ impl<M: PhysicalMemory> Hotplug<M> {
 
     /// The section a pageblock lies in, and the pageblock's index in it.
     fn locate(&self, pageblock: u64) -> (u64, usize) {
-        let shift = self.profile.section_shift - self.profile.pageblock_shift;
+        let shift = self.config.profile.section_shift - self.config.profile.pageblock_shift;
         let index = pageblock & ((1 << shift) - 1);
         (pageblock >> shift, index as usize)
     }
 
     /// The section that contains a page frame, and the page's index in it.
     fn locate_page(&self, pfn: u64) -> (u64, u32) {
-        let shift = self.profile.section_shift - self.profile.page_shift;
+        let shift = self.config.profile.section_shift - self.config.profile.page_shift;
         let index = pfn & ((1 << shift) - 1);
         (pfn >> shift, index as u32)
     }
 
     fn pfn(&self, section: u64, page: u32) -> u64 {
-        let shift = self.profile.section_shift - self.profile.page_shift;
+        let shift = self.config.profile.section_shift - self.config.profile.page_shift;
         (section << shift) + u64::from(page)
     }
 
     fn pageblock_of(&self, pfn: u64) -> u64 {
-        pfn >> (self.profile.pageblock_shift - self.profile.page_shift)
+        pfn >> (self.config.profile.pageblock_shift - self.config.profile.page_shift)
     }
 
-    /// The section of a pageblock that is known to be present, and the pageblock's index in it.
-    fn present(&self, pageblock: u64) -> (&Section, usize) {
+    /// The metadata of a pageblock of System RAM that is known to be present, and the pageblock's index in it.
+    fn present(&self, pageblock: u64) -> (&Memmap, usize) {
         let (number, index) = self.locate(pageblock);
-        let section = self.sections.get(&number);
-        (section.expect("the pageblock is present"), index)
-    }
-
-    fn present_mut(&mut self, pageblock: u64) -> (&mut Section, usize) {
-        let (number, index) = self.locate(pageblock);
-        let section = self.sections.get_mut(&number);
-        (section.expect("the pageblock is present"), index)
-    }
-
-    /// Gives every page of an offline pageblock of an online section to the allocator.
-    fn release_pageblock(&mut self, pageblock: u64) {
-        let (section, index) = self.present_mut(pageblock);
-        section.set_free(index);
-        let pages = u64::from(self.profile.pageblock_pages());
-        self.counts.managed += pages;
-        self.counts.free += pages;
-        self.counts.allocatable += pages;
-        self.allocatable.insert(pageblock);
-    }
-
-    /// Takes every page of an isolated pageblock, none of them held, from the allocator.
-    fn withhold_pageblock(&mut self, pageblock: u64) {
-        let (section, index) = self.present_mut(pageblock);
-        let free = u64::from(section.pageblocks[index].free);
-        section.set_offline(index);
-        section.pageblocks[index].isolated = false;
-        self.counts.managed -= free;
-        self.counts.free -= free;
+        let memmap = self.sections.get(&number).and_then(|s| s.memmap.as_ref());
+        (memmap.expect("the pageblock is present"), index)
     }
 }

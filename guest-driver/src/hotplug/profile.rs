@@ -15,6 +15,10 @@ pub struct Profile {
     pub section_shift: u32,
     /// Memory block: the unit of adding, onlining, offlining and removing.
     pub memory_block_shift: u32,
+    pub physical_address_bits: u32,
+    pub dma_end: u64,
+    pub dma32_end: u64,
+    pub boot_memory_removable: bool,
 }
 
 impl Profile {
@@ -25,6 +29,10 @@ impl Profile {
         sub_section_shift: 21,
         section_shift: 27,
         memory_block_shift: 27,
+        physical_address_bits: 46,
+        dma_end: 16 << 20,
+        dma32_end: 4 << 30,
+        boot_memory_removable: true,
     };
 
     /// Bytes in a page.

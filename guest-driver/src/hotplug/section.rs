@@ -1,210 +1,209 @@
-//! A section: page metadata (the memmap), four bytes a page, and the pageblocks it is divided into.
+//! Sections and their sub-sections: which page frames have metadata, and which are online.
+//!
+//! ```text
+//!            section (128 MiB on x86-64)
+//!  |....:....:####:####:....:....:====:====|      one bit per sub-section of 2 MiB
+//!             System RAM          device memory
+//! ```
+//!
+//! | question | answer | Linux |
+//! |---|---|---|
+//! | has the page metadata? | the section has, and it is early or the sub-section's bit is set | `pfn_valid` |
+//! | may it be looked at as RAM? | the section is online, the bit is set, and it is not device memory | `pfn_to_online_page` |
+//!
+//! A section that was there at boot is *early*: its metadata covers all of it, holes included, and stays when
+//! device memory beside the RAM comes and goes. That flag is the core's own: nobody can set or clear it, and a
+//! section that is added again later is not early.
 
 use alloc::vec::Vec;
+use core::ops::Range;
 
-use super::{Error, Profile};
+use super::page::Memmap;
+use super::{Error, Hotplug, PageHandle, Profile};
 
-/// What a page is used for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Page {
-    /// Free, and followed by this page in its pageblock's list.
-    Free { next: Option<u32> },
-    /// Not for the allocator: unplugged, or offline altogether (Linux: `PageOffline`).
-    Offline,
-    /// Allocated to the handle with this index.
-    Held { handle: u32 },
-}
+/// One bit per sub-section.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct SubSections([u64; 4]);
 
-/// A [`Page`] in four bytes.
-#[derive(Clone, Copy, Debug)]
-struct PackedPage(u32);
+impl SubSections {
+    /// The most sub-sections a section can have.
+    pub(super) const MAX: u32 = 256;
 
-impl PackedPage {
-    const OFFLINE: u32 = u32::MAX;
-    const FREE: u32 = 1 << 31;
-    const LAST: u32 = Self::FREE - 2;
-
-    const fn pack(page: Page) -> Self {
-        Self(match page {
-            Page::Free { next: Some(next) } => Self::FREE | next,
-            Page::Free { next: None } => Self::FREE | Self::LAST,
-            Page::Offline => Self::OFFLINE,
-            Page::Held { handle } => handle,
-        })
+    pub(super) fn of(range: Range<u32>) -> Self {
+        let mut bits = Self::default();
+        for index in range {
+            bits.0[(index / 64) as usize] |= 1 << (index % 64);
+        }
+        bits
     }
 
-    const fn unpack(self) -> Page {
-        match self.0 {
-            Self::OFFLINE => Page::Offline,
-            handle if handle & Self::FREE == 0 => Page::Held { handle },
-            free if free & !Self::FREE == Self::LAST => Page::Free { next: None },
-            free => Page::Free {
-                next: Some(free & !Self::FREE),
-            },
+    pub(super) fn contains(&self, index: u32) -> bool {
+        self.0[(index / 64) as usize] & (1 << (index % 64)) != 0
+    }
+
+    pub(super) fn union(self, other: Self) -> Self {
+        let mut union = self;
+        union.insert(other);
+        union
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0 == [0; 4]
+    }
+
+    pub(super) fn count(&self) -> u32 {
+        self.0.iter().map(|word| word.count_ones()).sum()
+    }
+
+    fn intersects(&self, other: Self) -> bool {
+        self.0.iter().zip(other.0).any(|(a, b)| a & b != 0)
+    }
+
+    fn contains_all(&self, other: Self) -> bool {
+        self.0.iter().zip(other.0).all(|(a, b)| a & b == b)
+    }
+
+    fn insert(&mut self, other: Self) {
+        for (word, bits) in self.0.iter_mut().zip(other.0) {
+            *word |= bits;
+        }
+    }
+
+    fn remove(&mut self, other: Self) {
+        for (word, bits) in self.0.iter_mut().zip(other.0) {
+            *word &= !bits;
         }
     }
 }
 
-/// The unit of isolation.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Pageblock {
-    /// First page of the list of free pages; the list is as long as `free`.
-    first_free: Option<u32>,
-    /// Number of free pages.
-    pub(super) free: u32,
-    /// Number of pages withheld from the allocator.
-    pub(super) offline: u32,
-    /// Number of pages that can never be moved.
-    pub(super) unmovable: u32,
-    /// Free pages are not allocated: the pageblock is being emptied (Linux: `MIGRATE_ISOLATE`).
-    pub(super) isolated: bool,
-}
-
-/// A section that is present; one that is not has no `Section`. Pages and pageblocks are numbered from its start.
-#[derive(Debug)]
+/// A section that is present; one that is not has no `Section`.
+#[derive(Debug, Default)]
 pub(super) struct Section {
+    /// Its memory block is online (Linux: `SECTION_IS_ONLINE`).
     pub(super) online: bool,
-    pages: Vec<PackedPage>,
-    pub(super) pageblocks: Vec<Pageblock>,
-    pageblock_pages: u32,
+    /// It was there at boot (Linux: `SECTION_IS_EARLY`).
+    pub(super) early: bool,
+    /// Shared with device memory, so that being online says nothing about a single page of it (Linux:
+    /// `SECTION_TAINT_ZONE_DEVICE`).
+    pub(super) device: bool,
+    /// The sub-sections that have memory.
+    pub(super) active: SubSections,
+    /// Metadata of System RAM; `None` if all of it is device memory.
+    pub(super) memmap: Option<Memmap>,
+    /// The pages charged for the metadata, see [`Config::struct_page_size`](super::Config::struct_page_size).
+    pub(super) charged: Vec<PageHandle>,
 }
 
 impl Section {
-    /// Handles beyond this cannot be told from free pages.
-    pub(super) const MAX_HANDLES: usize = PackedPage::FREE as usize;
-
-    /// An offline section.
-    pub(super) fn new(profile: &Profile) -> Result<Self, Error> {
-        let filled = |shift: u32| 1usize << (profile.section_shift - shift);
-        let mut pages = Vec::new();
-        let page_count = filled(profile.page_shift);
-        pages
-            .try_reserve_exact(page_count)
-            .map_err(|_| Error::NoMemory)?;
-        pages.resize(page_count, PackedPage::pack(Page::Offline));
-        let mut pageblocks = Vec::new();
-        let pageblock_count = filled(profile.pageblock_shift);
-        pageblocks
-            .try_reserve_exact(pageblock_count)
-            .map_err(|_| Error::NoMemory)?;
-        let offline = Pageblock {
-            offline: profile.pageblock_pages(),
-            ..Pageblock::default()
-        };
-        pageblocks.resize(pageblock_count, offline);
-        Ok(Self {
-            online: false,
-            pages,
-            pageblocks,
-            pageblock_pages: profile.pageblock_pages(),
-        })
+    /// Marks sub-sections as having memory (Linux: `fill_subsection_map`).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] if there are none, [`Error::Exists`] if one has memory already.
+    pub(super) fn activate(&mut self, range: SubSections) -> Result<(), Error> {
+        self.check_inactive(range)?;
+        self.active.insert(range);
+        Ok(())
     }
 
-    pub(super) fn page(&self, page: u32) -> Page {
-        self.pages[page as usize].unpack()
-    }
-
-    /// The pages of `pageblock`.
-    pub(super) fn pages_of(&self, pageblock: usize) -> core::ops::Range<u32> {
-        let first = pageblock as u32 * self.pageblock_pages;
-        first..first + self.pageblock_pages
-    }
-
-    /// Number of allocated pages in `pageblock`.
-    pub(super) fn held_pages(&self, pageblock: usize) -> u32 {
-        let counts = &self.pageblocks[pageblock];
-        self.pageblock_pages - counts.free - counts.offline
-    }
-
-    /// Makes every page of `pageblock`, none of them held, free.
-    pub(super) fn set_free(&mut self, pageblock: usize) {
-        let pages = self.pages_of(pageblock);
-        let mut next = None;
-        for page in pages.clone().rev() {
-            self.set(page, Page::Free { next });
-            next = Some(page);
+    /// Whether [`activate`](Self::activate) would work, and how it would not.
+    pub(super) fn check_inactive(&self, range: SubSections) -> Result<(), Error> {
+        if range.is_empty() {
+            return Err(Error::Invalid);
         }
-        let counts = &mut self.pageblocks[pageblock];
-        counts.first_free = next;
-        counts.free = self.pageblock_pages;
-        counts.offline = 0;
-    }
-
-    /// Withholds every page of `pageblock`, none of them held, from the allocator.
-    pub(super) fn set_offline(&mut self, pageblock: usize) {
-        for page in self.pages_of(pageblock) {
-            self.set(page, Page::Offline);
+        match self.active.intersects(range) {
+            true => Err(Error::Exists),
+            false => Ok(()),
         }
-        let counts = &mut self.pageblocks[pageblock];
-        counts.first_free = None;
-        counts.free = 0;
-        counts.offline = self.pageblock_pages;
     }
 
-    /// Gives a free page of `pageblock` to `handle`.
-    pub(super) fn take(&mut self, pageblock: usize, handle: u32) -> Option<u32> {
-        let page = self.pageblocks[pageblock].first_free?;
-        let Page::Free { next } = self.page(page) else {
-            return None;
-        };
-        let counts = &mut self.pageblocks[pageblock];
-        counts.first_free = next;
-        counts.free -= 1;
-        self.set(page, Page::Held { handle });
-        Some(page)
-    }
-
-    /// Makes the held `page` free again.
-    pub(super) fn put(&mut self, page: u32) {
-        let counts = &mut self.pageblocks[(page / self.pageblock_pages) as usize];
-        let next = counts.first_free.replace(page);
-        counts.free += 1;
-        self.set(page, Page::Free { next });
-    }
-
-    fn set(&mut self, page: u32, state: Page) {
-        self.pages[page as usize] = PackedPage::pack(state);
+    /// The reverse (Linux: `clear_subsection_map`).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] unless all of them have memory.
+    pub(super) fn deactivate(&mut self, range: SubSections) -> Result<(), Error> {
+        if range.is_empty() || !self.active.contains_all(range) {
+            return Err(Error::Invalid);
+        }
+        self.active.remove(range);
+        Ok(())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// What a section looks like from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SectionInfo {
+    /// Address / section size.
+    pub number: u64,
+    /// Its memory block is online.
+    pub online: bool,
+    /// It was there at boot.
+    pub early: bool,
+    /// It is shared with device memory, or all device memory.
+    pub device: bool,
+    /// Number of sub-sections that have memory.
+    pub active_sub_sections: u32,
+}
 
-    #[test]
-    fn every_page_state_survives_packing() {
-        for page in [
-            Page::Offline,
-            Page::Free { next: None },
-            Page::Free { next: Some(0) },
-            Page::Free {
-                next: Some((1 << 30) - 1),
-            },
-            Page::Held { handle: 0 },
-            Page::Held {
-                handle: PackedPage::FREE - 1,
-            },
-        ] {
-            assert_eq!(PackedPage::pack(page).unpack(), page);
-        }
+impl<M> Hotplug<M> {
+    /// The sections that are present, ascending.
+    pub fn sections(&self) -> impl Iterator<Item = SectionInfo> + '_ {
+        self.sections.iter().map(|(number, section)| SectionInfo {
+            number: *number,
+            online: section.online,
+            early: section.early,
+            device: section.device,
+            active_sub_sections: section.active.count(),
+        })
     }
 
-    #[test]
-    fn page_metadata_takes_four_bytes_a_page() {
-        let section = Section::new(&Profile::X86_64).unwrap();
-        assert_eq!(size_of_val(section.pages.as_slice()), 128 << 10);
+    /// Whether page frame `pfn` has metadata. That says nothing about whether there is memory behind it: every
+    /// page of an early section has (Linux: `pfn_valid`).
+    pub fn pfn_valid(&self, pfn: u64) -> bool {
+        let (number, index) = self.sub_section_of_pfn(pfn);
+        let section = self.sections.get(&number);
+        section.is_some_and(|section| section.early || section.active.contains(index))
     }
 
-    #[test]
-    fn pages_are_taken_from_the_lowest_and_come_back() {
-        let mut section = Section::new(&Profile::X86_64).unwrap();
-        section.set_free(1);
-        assert_eq!(section.take(1, 7), Some(512));
-        assert_eq!(section.take(1, 8), Some(513));
-        assert_eq!(section.held_pages(1), 2);
-        section.put(512);
-        assert_eq!(section.take(1, 9), Some(512));
-        assert_eq!(section.page(512), Page::Held { handle: 9 });
-        assert_eq!(section.take(0, 9), None);
+    /// Whether page frame `pfn` is RAM that is online: what a walker of page frames must ask (Linux:
+    /// `pfn_to_online_page`).
+    pub fn pfn_is_online(&self, pfn: u64) -> bool {
+        let (number, index) = self.sub_section_of_pfn(pfn);
+        self.sections.get(&number).is_some_and(|section| {
+            section.online
+                && section.active.contains(index)
+                && !(section.device && self.is_device_memory(pfn << self.config.profile.page_shift))
+        })
     }
+
+    /// The section and the sub-section in it that contain page frame `pfn`.
+    pub(super) fn sub_section_of_pfn(&self, pfn: u64) -> (u64, u32) {
+        let profile = &self.config.profile;
+        let sub_section = pfn >> (profile.sub_section_shift - profile.page_shift);
+        let shift = profile.section_shift - profile.sub_section_shift;
+        (
+            sub_section >> shift,
+            (sub_section & ((1 << shift) - 1)) as u32,
+        )
+    }
+}
+
+/// Cuts the sub-sections of a byte range, made of whole ones, into sections.
+pub(super) fn sub_sections_by_section(
+    profile: &Profile,
+    range: Range<u64>,
+) -> impl Iterator<Item = (u64, SubSections)> {
+    let shift = profile.section_shift - profile.sub_section_shift;
+    let (first, end) = (
+        range.start >> profile.sub_section_shift,
+        range.end >> profile.sub_section_shift,
+    );
+    let sections = first >> shift..(end + (1 << shift) - 1) >> shift;
+    sections.map(move |number| {
+        let base = number << shift;
+        let from = first.max(base) - base;
+        let to = end.min(base + (1 << shift)) - base;
+        (number, SubSections::of(from as u32..to as u32))
+    })
 }

@@ -2,8 +2,8 @@
 //! everything is given back.
 
 use proptest::prelude::*;
-use virtio_mem_driver::driver::{OnlineType, Policy, Progress};
-use virtio_mem_driver::hotplug::{Mobility, PageHandle};
+use virtio_mem_driver::driver::{Policy, Progress};
+use virtio_mem_driver::hotplug::{Mobility, OnlineType, PageHandle};
 use virtio_mem_wire::Answer;
 
 use crate::support::device::{Device, Misbehave};
@@ -161,7 +161,7 @@ proptest! {
         stay_offline in prop::bool::weighted(0.1),
     ) {
         let policy = Policy {
-            auto_online: if stay_offline { OnlineType::Offline } else { OnlineType::Movable },
+            auto_online: (!stay_offline).then_some(OnlineType::Movable),
         };
         let device = Device::new(4 * GIB + offset_mib * MIB, REGION, MIB);
         let mut world = World { rig: Rig::on(device, policy), held: Vec::new(), next_tag: 1 };

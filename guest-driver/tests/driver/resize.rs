@@ -1,7 +1,7 @@
 //! Growing and shrinking: which requests, in which order, and what becomes of pages in use.
 
-use virtio_mem_driver::driver::{OnlineType, Policy, Progress, Stall};
-use virtio_mem_driver::hotplug::{BlockState, Mobility};
+use virtio_mem_driver::driver::{Policy, Progress, Stall};
+use virtio_mem_driver::hotplug::{AddMemory, BlockState, Mobility, OnlineType};
 use virtio_mem_wire::{Answer, RequestKind};
 
 use crate::support::device::Device;
@@ -151,7 +151,10 @@ fn g_15_pinned_page_keeps_its_sub_block_until_it_is_unpinned() {
 
 #[test]
 fn unmovable_page_is_worked_around() {
-    let mut rig = Rig::new(GIB);
+    let policy = Policy {
+        auto_online: Some(OnlineType::Kernel),
+    };
+    let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
     rig.resize(256 * MIB);
     let unmovable = rig.allocate(1, Mobility::Unmovable)[0];
     rig.resize(2 * MIB);
@@ -226,16 +229,16 @@ fn h_02_no_request_names_more_than_65535_blocks() {
 
 #[test]
 fn memory_that_stays_offline_is_unplugged_without_being_emptied() {
-    let policy = Policy {
-        auto_online: OnlineType::Offline,
-    };
+    let policy = Policy { auto_online: None };
     let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
     rig.resize(130 * MIB);
     rig.device.state().take_requests();
     assert_eq!(rig.hotplug.block_state(32), Some(BlockState::Offline));
     assert_eq!(rig.hotplug.counts().managed, 0);
     // Offline memory goes before online memory, in whole runs.
-    rig.driver.online_block(&mut rig.hotplug, 33).unwrap();
+    rig.driver
+        .online_block(&mut rig.hotplug, 33, OnlineType::Movable)
+        .unwrap();
     assert_eq!(rig.hotplug.counts().managed, 512);
     rig.resize(10 * MIB);
     assert_eq!(rig.device.state().take_requests(), [unplug(4, 60)]);
@@ -251,7 +254,9 @@ fn memory_that_stays_offline_is_unplugged_without_being_emptied() {
 #[test]
 fn foreign_memory_in_the_region_is_left_alone() {
     let mut rig = Rig::new(256 * MIB);
-    rig.hotplug.add_memory(4 * GIB, 128 * MIB).unwrap();
+    rig.hotplug
+        .add_memory(&AddMemory::new(4 * GIB, 128 * MIB))
+        .unwrap();
     rig.device.request(256 * MIB);
     assert_eq!(
         rig.run(),

@@ -4,16 +4,20 @@
 mod memory;
 mod random;
 
-use virtio_mem_driver::hotplug::{BlockState, Error, Hotplug, Migration, Mobility, Profile};
+use virtio_mem_driver::hotplug::{
+    AddMemory, BlockState, Error, Hotplug, Migration, Mobility, OnlineType, Owner, Profile,
+};
 
 use memory::{BLOCK, HostMemory, PAGE, PAGEBLOCK, SMALL, START, read, write};
 
 /// `count` memory blocks at [`START`], added and online.
 fn online(count: u64) -> Hotplug<HostMemory> {
     let mut hotplug = Hotplug::new(SMALL, HostMemory::new()).unwrap();
-    hotplug.add_memory(START, count * BLOCK).unwrap();
+    hotplug
+        .add_memory(&AddMemory::new(START, count * BLOCK))
+        .unwrap();
     for id in START / BLOCK..START / BLOCK + count {
-        hotplug.online(id, |_| true).unwrap();
+        hotplug.online(id, OnlineType::Kernel).unwrap();
     }
     hotplug
 }
@@ -51,25 +55,40 @@ fn profile_whose_units_do_not_fit_into_each_other_is_refused() {
 #[test]
 fn memory_is_added_in_whole_memory_blocks_and_once() {
     let mut hotplug = Hotplug::new(SMALL, HostMemory::new()).unwrap();
+    for (start, size) in [(START, 0), (START + PAGEBLOCK, BLOCK), (START, PAGEBLOCK)] {
+        assert_eq!(
+            hotplug.add_memory(&AddMemory::new(start, size)),
+            Err(Error::Invalid)
+        );
+    }
     for (start, size) in [
-        (START, 0),
-        (START + PAGEBLOCK, BLOCK),
-        (START, PAGEBLOCK),
         (u64::MAX - BLOCK + 1, BLOCK),
         (START, u64::MAX),
+        (1 << 46, BLOCK),
     ] {
-        assert_eq!(hotplug.add_memory(start, size), Err(Error::Invalid));
+        assert_eq!(
+            hotplug.add_memory(&AddMemory::new(start, size)),
+            Err(Error::TooBig)
+        );
     }
-    hotplug.add_memory(START + BLOCK, BLOCK).unwrap();
+    hotplug
+        .add_memory(&AddMemory::new(START + BLOCK, BLOCK))
+        .unwrap();
     for (start, size) in [
         (START + BLOCK, BLOCK),
         (START, 3 * BLOCK),
         (START + BLOCK + PAGE, PAGE),
     ] {
-        assert_eq!(hotplug.add_memory(start, size), Err(Error::Exists));
+        assert_eq!(
+            hotplug.add_memory(&AddMemory::new(start, size)),
+            Err(Error::Exists)
+        );
     }
     assert_eq!(
-        hotplug.blocks().collect::<Vec<_>>(),
+        hotplug
+            .blocks()
+            .map(|b| (b.id, b.state))
+            .collect::<Vec<_>>(),
         [(FIRST + 1, BlockState::Offline)]
     );
     hotplug.check_invariants().unwrap();
@@ -78,12 +97,24 @@ fn memory_is_added_in_whole_memory_blocks_and_once() {
 #[test]
 fn memory_is_removed_when_all_of_it_is_offline() {
     let mut hotplug = online(2);
-    assert_eq!(hotplug.remove_memory(START, BLOCK), Err(Error::Busy));
+    assert_eq!(
+        hotplug.remove_memory(Owner::PROBE, START, BLOCK),
+        Err(Error::Busy)
+    );
     hotplug.offline(FIRST).unwrap();
-    assert_eq!(hotplug.remove_memory(START, 2 * BLOCK), Err(Error::Busy));
-    assert_eq!(hotplug.remove_memory(START, 3 * BLOCK), Err(Error::Invalid));
-    assert_eq!(hotplug.remove_memory(START, PAGEBLOCK), Err(Error::Invalid));
-    hotplug.remove_memory(START, BLOCK).unwrap();
+    assert_eq!(
+        hotplug.remove_memory(Owner::PROBE, START, 2 * BLOCK),
+        Err(Error::Busy)
+    );
+    assert_eq!(
+        hotplug.remove_memory(Owner::PROBE, START, 3 * BLOCK),
+        Err(Error::Invalid)
+    );
+    assert_eq!(
+        hotplug.remove_memory(Owner::PROBE, START, PAGEBLOCK),
+        Err(Error::Invalid)
+    );
+    hotplug.remove_memory(Owner::PROBE, START, BLOCK).unwrap();
     assert_eq!(hotplug.block_state(FIRST), None);
     assert_eq!(hotplug.offline(FIRST), Err(Error::Invalid));
     hotplug.check_invariants().unwrap();
@@ -92,20 +123,27 @@ fn memory_is_removed_when_all_of_it_is_offline() {
 #[test]
 fn online_and_offline_need_the_other_state() {
     let mut hotplug = online(1);
-    assert_eq!(hotplug.online(FIRST, |_| true), Err(Error::Invalid));
+    assert_eq!(
+        hotplug.online(FIRST, OnlineType::Kernel),
+        Err(Error::Invalid)
+    );
     hotplug.offline(FIRST).unwrap();
     assert_eq!(hotplug.offline(FIRST), Err(Error::Invalid));
-    assert_eq!(hotplug.online(FIRST + 1, |_| true), Err(Error::Invalid));
+    assert_eq!(
+        hotplug.online(FIRST + 1, OnlineType::Kernel),
+        Err(Error::Invalid)
+    );
     assert_eq!(hotplug.counts(), Default::default());
 }
 
 #[test]
 fn withheld_pages_are_present_but_not_managed() {
     let mut hotplug = Hotplug::new(SMALL, HostMemory::new()).unwrap();
-    hotplug.add_memory(START, BLOCK).unwrap();
+    hotplug.add_memory(&AddMemory::new(START, BLOCK)).unwrap();
     hotplug
-        .online(FIRST, |bytes| bytes.start < START + PAGEBLOCK)
+        .fake_offline(START + PAGEBLOCK, BLOCK - PAGEBLOCK)
         .unwrap();
+    hotplug.online(FIRST, OnlineType::Kernel).unwrap();
     let counts = hotplug.counts();
     assert_eq!((counts.present, counts.managed), (BLOCK_PAGES, 4));
     // What is withheld already cannot be taken, what is not cannot be given back.
@@ -237,8 +275,14 @@ fn block_being_emptied_is_going_offline_and_can_come_back() {
     }
     let mut isolation = hotplug.isolate_block(FIRST).unwrap();
     assert_eq!(hotplug.block_state(FIRST), Some(BlockState::GoingOffline));
-    assert_eq!(hotplug.online(FIRST, |_| true), Err(Error::Invalid));
-    assert_eq!(hotplug.remove_memory(START, BLOCK), Err(Error::Busy));
+    assert_eq!(
+        hotplug.online(FIRST, OnlineType::Kernel),
+        Err(Error::Invalid)
+    );
+    assert_eq!(
+        hotplug.remove_memory(Owner::PROBE, START, BLOCK),
+        Err(Error::Busy)
+    );
     // Two pages a step, and three to move.
     assert_eq!(hotplug.migrate(&mut isolation, 2), Ok(Migration::More));
     hotplug.check_invariants().unwrap();

@@ -12,6 +12,7 @@ pub(crate) const SMALL: Profile = Profile {
     sub_section_shift: 13,
     section_shift: 16,
     memory_block_shift: 17,
+    ..Profile::X86_64
 };
 pub(crate) const PAGE: u64 = 1 << 12;
 pub(crate) const PAGEBLOCK: u64 = 1 << 14;

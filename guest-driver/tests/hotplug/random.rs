@@ -1,7 +1,9 @@
 //! Random operations, checked after each one against a recount and a model of who holds what.
 
 use proptest::prelude::*;
-use virtio_mem_driver::hotplug::{Error, Hotplug, Isolation, Mobility, PageHandle};
+use virtio_mem_driver::hotplug::{
+    AddMemory, BlockState, Error, Hotplug, Isolation, Mobility, OnlineType, Owner, PageHandle,
+};
 
 use crate::memory::{BLOCK, BLOCK_COUNT, HostMemory, PAGEBLOCK, SMALL, START, read, write};
 
@@ -70,16 +72,26 @@ impl Model {
         let block_at = |block: u64| START / BLOCK + block;
         let hotplug = &mut self.hotplug;
         match operation {
-            Operation::Add { block, count } => hotplug.add_memory(
+            Operation::Add { block, count } => hotplug.add_memory(&AddMemory::new(
                 START + block * BLOCK,
                 count.min(BLOCK_COUNT - block) * BLOCK,
-            ),
+            )),
             Operation::Remove { block, count } => {
-                hotplug.remove_memory(START + block * BLOCK, count * BLOCK)
+                hotplug.remove_memory(Owner::PROBE, START + block * BLOCK, count * BLOCK)
             }
-            Operation::Online { block, withheld } => hotplug.online(block_at(block), |bytes| {
-                withheld & (1 << (bytes.start / PAGEBLOCK % 8)) == 0
-            }),
+            Operation::Online { block, withheld } => {
+                for index in 0..BLOCK / PAGEBLOCK {
+                    let start = START + block * BLOCK + index * PAGEBLOCK;
+                    let _refused_unless_offline = match withheld & (1 << index) == 0 {
+                        _ if hotplug.block_state(block_at(block)) != Some(BlockState::Offline) => {
+                            Ok(())
+                        }
+                        true => hotplug.fake_online(start, PAGEBLOCK),
+                        false => hotplug.fake_offline(start, PAGEBLOCK),
+                    };
+                }
+                hotplug.online(block_at(block), OnlineType::Kernel)
+            }
             Operation::Offline { block } => hotplug.offline(block_at(block)),
             Operation::FakeOffline { pageblock, count } => {
                 hotplug.fake_offline(START + pageblock * PAGEBLOCK, count * PAGEBLOCK)
@@ -200,8 +212,8 @@ proptest! {
             next_tag: 1,
         };
         // Something to begin with, or little would succeed.
-        model.hotplug.add_memory(START, 2 * BLOCK).unwrap();
-        model.hotplug.online(START / BLOCK, |_| true).unwrap();
+        model.hotplug.add_memory(&AddMemory::new(START, 2 * BLOCK)).unwrap();
+        model.hotplug.online(START / BLOCK, OnlineType::Kernel).unwrap();
         for operation in operations {
             let counts = model.hotplug.counts();
             let blocks: Vec<_> = model.hotplug.blocks().collect();

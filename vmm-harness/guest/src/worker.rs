@@ -169,7 +169,7 @@ pub(crate) mod tests {
     use std::cell::UnsafeCell;
     use std::ptr::NonNull;
 
-    use virtio_mem_driver::hotplug::Profile;
+    use virtio_mem_driver::hotplug::{AddMemory, OnlineType, Profile};
 
     use super::*;
     use crate::abi::Mailbox;
@@ -187,6 +187,7 @@ pub(crate) mod tests {
         sub_section_shift: 14,
         section_shift: 17,
         memory_block_shift: 17,
+        ..Profile::X86_64
     };
     const PAGES: usize = 32;
 
@@ -203,8 +204,8 @@ pub(crate) mod tests {
     fn hotplug() -> SpinLock<Hotplug<Pages>> {
         let pages = (0..PAGES).map(|_| UnsafeCell::new([0; 512])).collect();
         let mut hotplug = Hotplug::new(PROFILE, Pages(pages)).unwrap();
-        hotplug.add_memory(0, 1 << 17).unwrap();
-        hotplug.online(0, |_| true).unwrap();
+        hotplug.add_memory(&AddMemory::new(0, 1 << 17)).unwrap();
+        hotplug.online(0, OnlineType::Movable).unwrap();
         SpinLock::new(hotplug)
     }
 

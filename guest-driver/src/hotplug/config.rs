@@ -1,0 +1,241 @@
+//! What a kernel is built and booted with.
+
+use super::memmap::{MemmapOnMemory, MemmapRule};
+use super::online_type::OnlineType;
+use super::zone_rules::ZoneRules;
+use super::{Error, Profile};
+
+/// Where a plain `online` puts a memory block (Linux: `memory_hotplug.online_policy`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnlinePolicy {
+    /// Beside its neighbours.
+    #[default]
+    ContigZones,
+    /// Into Movable, as long as there is kernel memory enough to go with it.
+    AutoMovable,
+}
+
+impl OnlinePolicy {
+    /// The word Linux has for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ContigZones => "contig-zones",
+            Self::AutoMovable => "auto-movable",
+        }
+    }
+
+    pub(super) fn parse(text: &str) -> Result<Self, Error> {
+        [Self::ContigZones, Self::AutoMovable]
+            .into_iter()
+            .find(|policy| policy.name() == text)
+            .ok_or(Error::Invalid)
+    }
+}
+
+/// What a kernel is built and booted with.
+///
+/// The default online type has four sources, each stronger than the one before: the build (this field), the boot
+/// parameter ([`apply_command_line`](Self::apply_command_line)), the file `auto_online_blocks`
+/// ([`Hotplug::write`](super::Hotplug::write)), and what user space writes to a memory block's `state`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Sizes and limits of the architecture.
+    pub profile: Profile,
+    /// How memory blocks are brought online as they are added; `None` leaves them offline (Linux:
+    /// `MHP_DEFAULT_ONLINE_TYPE`).
+    pub default_online_type: Option<OnlineType>,
+    /// Where a plain `online` puts them.
+    pub online_policy: OnlinePolicy,
+    /// Most percent of Movable to kernel memory under [`OnlinePolicy::AutoMovable`].
+    pub auto_movable_ratio: u32,
+    /// Whether that holds for each node too.
+    pub auto_movable_numa_aware: bool,
+    /// Whether memory blocks hold their own metadata, where the one who adds them asks for it.
+    pub memmap_on_memory: MemmapOnMemory,
+    /// When they can.
+    pub memmap_rule: MemmapRule,
+    /// Plain `online` prefers Movable (Linux: boot parameter `movable_node`).
+    pub movable_node: bool,
+    /// Which zones a memory block may go to.
+    pub zone_rules: ZoneRules,
+    /// Whether memory can be taken offline and removed at all (Linux: `MEMORY_HOTREMOVE`).
+    pub hot_remove: bool,
+    /// Bytes of metadata that each page is charged in kernel memory: 64 in Linux. With 0, metadata is whoever's heap
+    /// it is on, and no page of this memory is taken for it.
+    pub struct_page_size: u32,
+    /// Number of nodes that can ever be.
+    pub possible_nodes: u32,
+}
+
+impl Config {
+    /// Linux's defaults, but metadata is not charged.
+    #[must_use]
+    pub const fn new(profile: Profile) -> Self {
+        Self {
+            profile,
+            default_online_type: None,
+            online_policy: OnlinePolicy::ContigZones,
+            auto_movable_ratio: 301,
+            auto_movable_numa_aware: true,
+            memmap_on_memory: MemmapOnMemory::Off,
+            memmap_rule: MemmapRule::PerBlock,
+            movable_node: false,
+            zone_rules: ZoneRules::Since4_14,
+            hot_remove: true,
+            struct_page_size: 0,
+            possible_nodes: 1,
+        }
+    }
+
+    /// Applies Linux's boot parameters: `memhp_default_state`, `movable_node` and those of `memory_hotplug.`; others
+    /// are not ours, and wrong values are ignored, as Linux does both.
+    pub fn apply_command_line(&mut self, command_line: &str) {
+        for word in command_line.split_ascii_whitespace() {
+            match word.split_once('=') {
+                None if word == "movable_node" => self.movable_node = true,
+                Some(("memhp_default_state", state)) => {
+                    if let Ok(online_type) = OnlineType::parse_or_offline(state) {
+                        self.default_online_type = online_type;
+                    }
+                }
+                Some((name, value)) => {
+                    if let Some(name) = name.strip_prefix("memory_hotplug.") {
+                        let _ignored_as_linux_does = self.set_at_boot(name, value);
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Sets a parameter of the module `memory_hotplug`, as the command line can.
+    fn set_at_boot(&mut self, name: &str, value: &str) -> Result<(), Error> {
+        match name {
+            "memmap_on_memory" => {
+                self.memmap_on_memory = match value {
+                    "force" => MemmapOnMemory::Force,
+                    text if parse_bool(text)? => MemmapOnMemory::On,
+                    _ => MemmapOnMemory::Off,
+                };
+                Ok(())
+            }
+            _ => self.set_parameter(name, value),
+        }
+    }
+
+    /// The text of a parameter of the module `memory_hotplug`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`] if there is none of this name.
+    pub(super) fn parameter(&self, name: &str) -> Result<alloc::string::String, Error> {
+        let yes_or_no = |yes| if yes { "Y" } else { "N" };
+        Ok(match name {
+            "online_policy" => self.online_policy.name().into(),
+            "auto_movable_ratio" => alloc::format!("{}", self.auto_movable_ratio),
+            "auto_movable_numa_aware" => yes_or_no(self.auto_movable_numa_aware).into(),
+            "memmap_on_memory" => match self.memmap_on_memory {
+                MemmapOnMemory::Force => "force".into(),
+                mode => yes_or_no(mode == MemmapOnMemory::On).into(),
+            },
+            _ => return Err(Error::NotFound),
+        })
+    }
+
+    /// Sets a parameter of the module `memory_hotplug` at run time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`] if there is none of this name, [`Error::AccessDenied`] if it is fixed at boot,
+    /// [`Error::Invalid`] for a wrong value.
+    pub(super) fn set_parameter(&mut self, name: &str, value: &str) -> Result<(), Error> {
+        match name {
+            "online_policy" => self.online_policy = OnlinePolicy::parse(value)?,
+            "auto_movable_ratio" => self.auto_movable_ratio = parse_u32(value)?,
+            "auto_movable_numa_aware" => self.auto_movable_numa_aware = parse_bool(value)?,
+            "memmap_on_memory" => return Err(Error::AccessDenied),
+            _ => return Err(Error::NotFound),
+        }
+        Ok(())
+    }
+}
+
+/// A truth value in any of the spellings Linux takes (`kstrtobool`): the first letter counts, or two after `o`.
+pub(super) fn parse_bool(text: &str) -> Result<bool, Error> {
+    let mut letters = text.bytes().map(|letter| letter.to_ascii_lowercase());
+    match letters.next() {
+        Some(b'e' | b'y' | b't' | b'1') => Ok(true),
+        Some(b'd' | b'n' | b'f' | b'0') => Ok(false),
+        Some(b'o') => match letters.next() {
+            Some(b'n') => Ok(true),
+            Some(b'f') => Ok(false),
+            _ => Err(Error::Invalid),
+        },
+        _ => Err(Error::Invalid),
+    }
+}
+
+/// A number as Linux takes it (`kstrtouint` with base 0): decimal, hexadecimal or octal by its prefix.
+fn parse_u32(text: &str) -> Result<u32, Error> {
+    parse_u64(text)?.try_into().map_err(|_| Error::Invalid)
+}
+
+/// A number as Linux takes it (`kstrtoull` with base 0).
+pub(super) fn parse_u64(text: &str) -> Result<u64, Error> {
+    let digits = text.strip_prefix('+').unwrap_or(text);
+    let (digits, radix) = match digits.as_bytes() {
+        [b'0', b'x' | b'X', _, ..] => (&digits[2..], 16),
+        [b'0', _, ..] => (&digits[1..], 8),
+        _ => (digits, 10),
+    };
+    // from_str_radix would take a second sign.
+    if digits.starts_with('+') {
+        return Err(Error::Invalid);
+    }
+    u64::from_str_radix(digits, radix).map_err(|_| Error::Invalid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn truth_values_are_those_of_kstrtobool() {
+        for yes in ["1", "y", "Y", "yes", "on", "On", "t"] {
+            assert_eq!(parse_bool(yes), Ok(true), "{yes}");
+        }
+        for no in ["0", "n", "no", "off", "OFF", "f"] {
+            assert_eq!(parse_bool(no), Ok(false), "{no}");
+        }
+        for wrong in ["", "2", "x", "o", "-1"] {
+            assert_eq!(parse_bool(wrong), Err(Error::Invalid), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_those_of_kstrtoull() {
+        for (text, number) in [("10", 10), ("0x10", 16), ("010", 8), ("+3", 3), ("0", 0)] {
+            assert_eq!(parse_u64(text), Ok(number), "{text}");
+        }
+        for wrong in ["", "-5", "abc", "0x", "++3", "0x+3", "18446744073709551616"] {
+            assert_eq!(parse_u64(wrong), Err(Error::Invalid), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn command_line_sets_what_is_right_and_ignores_the_rest() {
+        let mut config = Config::new(Profile::X86_64);
+        config.apply_command_line(
+            "quiet movable_node memhp_default_state=online_movable memory_hotplug.memmap_on_memory=force \
+             memory_hotplug.online_policy=auto-movable memory_hotplug.auto_movable_ratio=-1",
+        );
+        assert!(config.movable_node);
+        assert_eq!(config.default_online_type, Some(OnlineType::Movable));
+        assert_eq!(config.memmap_on_memory, MemmapOnMemory::Force);
+        assert_eq!(config.online_policy, OnlinePolicy::AutoMovable);
+        assert_eq!(config.auto_movable_ratio, 301);
+        config.apply_command_line("memhp_default_state=offline memhp_default_state=bogus");
+        assert_eq!(config.default_online_type, None);
+    }
+}

@@ -1,0 +1,199 @@
+//! Device memory: page frames that are no RAM, at sub-section granularity (Linux: `ZONE_DEVICE`, `memremap_pages`).
+//!
+//! ```text
+//!  one section of 128 MiB, early because of the RAM in it
+//!  |RRRRRRRRRRRR|........|AAAA|BBBBBBBBBBBB|....|CCCC|
+//!   System RAM    hole    namespaces A, B, C: any 2 MiB boundaries, in any order, each removed alone
+//! ```
+//!
+//! Nothing of it is a memory block, and nothing of it comes online; RAM cannot be added at this granularity. A range that
+//! shares a section with RAM uses the metadata the section has; any other has metadata of its own, which is charged.
+
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use super::resource::{Intersection, ResourceFlags};
+use super::section::{Section, sub_sections_by_section};
+use super::{Error, Hotplug, PageHandle, PhysicalMemory, Step};
+
+/// What device memory is for (Linux: `enum memory_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// Persistent memory with a file system on it (Linux: `MEMORY_DEVICE_FS_DAX`).
+    FsDax,
+    /// Persistent memory as a character device (Linux: `MEMORY_DEVICE_GENERIC`).
+    DevDax,
+    /// Memory on another device's bus, for transfers between devices (Linux: `MEMORY_DEVICE_PCI_P2PDMA`).
+    PeerToPeer,
+    /// Memory only a device can reach: it has metadata, and no mapping (Linux: `MEMORY_DEVICE_PRIVATE`).
+    Private,
+}
+
+/// A range of device memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceRange {
+    /// Its bytes, whole sub-sections.
+    pub bytes: Range<u64>,
+    /// The node whose kernel memory its metadata is charged to.
+    pub nid: u32,
+    /// What it is for.
+    pub kind: DeviceKind,
+}
+
+impl DeviceRange {
+    /// Whether the kernel maps it.
+    #[must_use]
+    pub fn is_mapped(&self) -> bool {
+        self.kind != DeviceKind::Private
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    range: DeviceRange,
+    name: Box<str>,
+    charged: Vec<PageHandle>,
+}
+
+/// All device memory, by first byte.
+#[derive(Debug, Default)]
+pub(super) struct DeviceRanges(BTreeMap<u64, Entry>);
+
+impl DeviceRanges {
+    fn at(&self, address: u64) -> Option<&Entry> {
+        let (_, entry) = self.0.range(..=address).next_back()?;
+        entry.range.bytes.contains(&address).then_some(entry)
+    }
+}
+
+impl<M: PhysicalMemory> Hotplug<M> {
+    /// Gives a range of device memory metadata (Linux: `memremap_pages`).
+    ///
+    /// # Errors
+    ///
+    /// In Linux's order: [`Error::NoMemory`] if the first or the last page is device memory already,
+    /// [`Error::NoAddress`] if any part is System RAM, [`Error::Invalid`] if the range is empty, cannot be addressed, or
+    /// is not made of whole sub-sections; [`Error::Exists`] if a sub-section in between is taken, [`Error::Busy`] if the
+    /// resource is, [`Error::NoMemory`] if the metadata fits neither into the heap nor, where it is charged, into kernel
+    /// memory. Nothing has changed then.
+    pub fn add_device_memory(&mut self, range: DeviceRange, name: &str) -> Result<(), Error> {
+        let bytes = range.bytes.clone();
+        let size = bytes.end.checked_sub(bytes.start).ok_or(Error::Invalid)?;
+        if size == 0 {
+            return Err(Error::Invalid);
+        }
+        let taken = |address| self.device_ranges.at(address).is_some();
+        if taken(bytes.start) || taken(bytes.end - 1) {
+            return Err(Error::NoMemory);
+        }
+        if self.resources.intersects(bytes.clone()) != Intersection::Disjoint {
+            return Err(Error::NoAddress);
+        }
+        let too_big_is_invalid_here = |_| Error::Invalid;
+        self.addressable(bytes.start, size)
+            .map_err(too_big_is_invalid_here)?;
+        self.units(bytes.start, size, self.config.profile.sub_section_shift)?;
+        self.possible(range.nid)?;
+        self.faults.reach(Step::Mapping)?;
+        self.check_inactive(&bytes)?;
+        self.faults.reach(Step::Resource)?;
+        self.resources
+            .claim(bytes.clone(), name, ResourceFlags::DEVICE)?;
+        match self.charge_device_range(&range) {
+            Ok(charged) => {
+                self.activate(&bytes);
+                let name = name.into();
+                let entry = Entry {
+                    range,
+                    name,
+                    charged,
+                };
+                self.device_ranges.0.insert(bytes.start, entry);
+                Ok(())
+            }
+            Err(error) => {
+                let undone = self.resources.release(bytes, name);
+                debug_assert!(undone.is_ok(), "it has just been claimed");
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes the metadata of a range of device memory back (Linux: `memunmap_pages`).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] unless exactly this range was added.
+    pub fn remove_device_memory(&mut self, bytes: Range<u64>) -> Result<(), Error> {
+        let known = self.device_ranges.0.get(&bytes.start);
+        if known.is_none_or(|entry| entry.range.bytes != bytes) {
+            return Err(Error::Invalid);
+        }
+        let Some(entry) = self.device_ranges.0.remove(&bytes.start) else {
+            return Err(Error::Invalid);
+        };
+        let released = self.resources.release(bytes.clone(), &entry.name);
+        debug_assert!(released.is_ok(), "it was claimed with the range");
+        for (number, range) in sub_sections_by_section(&self.config.profile, bytes) {
+            if let Some(section) = self.sections.get_mut(&number) {
+                let cleared = section.deactivate(range);
+                debug_assert!(cleared.is_ok(), "they were active");
+                if section.active.is_empty() {
+                    self.sections.remove(&number);
+                }
+            }
+        }
+        self.refund_pages(entry.charged);
+        Ok(())
+    }
+
+    /// The sub-sections of a range must not have memory (Linux: `section_activate` and `-EEXIST`).
+    fn check_inactive(&mut self, bytes: &Range<u64>) -> Result<(), Error> {
+        let sections = sub_sections_by_section(&self.config.profile, bytes.clone());
+        for (number, range) in sections {
+            self.faults.reach(Step::Memmap)?;
+            if let Some(section) = self.sections.get(&number) {
+                section.check_inactive(range)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing in here can fail.
+    fn activate(&mut self, bytes: &Range<u64>) {
+        for (number, range) in sub_sections_by_section(&self.config.profile, bytes.clone()) {
+            let section = self.sections.entry(number).or_insert_with(Section::default);
+            section.device = true;
+            section.active = section.active.union(range);
+        }
+    }
+
+    /// Charges the metadata of what lies in sections that have none of their own.
+    fn charge_device_range(&mut self, range: &DeviceRange) -> Result<Vec<PageHandle>, Error> {
+        let profile = self.config.profile;
+        let sections = sub_sections_by_section(&profile, range.bytes.clone());
+        let without_metadata = sections.filter(|(number, _)| {
+            let section = self.sections.get(number);
+            section.is_none_or(|section| section.memmap.is_none())
+        });
+        let sub_sections: u64 = without_metadata
+            .map(|(_, range)| u64::from(range.count()))
+            .sum();
+        let pages = sub_sections << (profile.sub_section_shift - profile.page_shift);
+        self.charge_metadata(range.nid, pages)
+    }
+}
+
+impl<M> Hotplug<M> {
+    /// All device memory, by address.
+    pub fn device_memory(&self) -> impl Iterator<Item = &DeviceRange> {
+        self.device_ranges.0.values().map(|entry| &entry.range)
+    }
+
+    /// Whether an address is device memory (Linux: `get_dev_pagemap`).
+    pub fn is_device_memory(&self, address: u64) -> bool {
+        self.device_ranges.at(address).is_some()
+    }
+}
