@@ -12,9 +12,12 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoAddress`] if it is not online RAM, [`Error::Busy`] if it is pinned or its user cannot do without it.
-    /// A page that is poisoned already is no error.
+    /// [`Error::NoAddress`] if it is not online RAM, [`Error::HwPoison`] if it is poisoned already, [`Error::Busy`] if it
+    /// is pinned or its user cannot do without it (Linux counts such a page nevertheless).
     pub fn hard_offline_page(&mut self, address: u64) -> Result<(), Error> {
+        if self.page_at(address) == Some(Page::Poisoned) {
+            return Err(Error::HwPoison);
+        }
         self.poison(address, |hotplug, pfn, handle| {
             if hotplug.handles.by_index(handle).is_pinned() {
                 return Err(Error::Busy);
@@ -29,8 +32,14 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// Those of [`hard_offline_page`](Self::hard_offline_page), and [`Error::NoMemory`] if there is no page to move it to.
+    /// [`Error::NoAddress`] if it has no metadata, [`Error::Io`] if it is not online RAM, [`Error::Busy`] if it is pinned or
+    /// its user cannot do without it, [`Error::NoMemory`] if there is no page to move it to. A page that is poisoned
+    /// already is no error.
     pub fn soft_offline_page(&mut self, address: u64) -> Result<(), Error> {
+        let pfn = address >> self.config.profile.page_shift;
+        if self.pfn_valid(pfn) && self.page_at(address).is_none() {
+            return Err(Error::Io);
+        }
         self.poison(address, |hotplug, pfn, handle| {
             // It must not become free in between.
             let to = hotplug.migrate_away(pfn, handle)?.ok_or(Error::Busy)?;
@@ -46,12 +55,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         detach: impl FnOnce(&mut Self, u64, u32) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let pfn = address >> self.config.profile.page_shift;
-        if !self.pfn_is_online(pfn) {
-            return Err(Error::NoAddress);
-        }
-        let (memmap, _) = self.present(self.pageblock_of(pfn));
-        let (_, page) = self.locate_page(pfn);
-        match memmap.page(page) {
+        match self.page_at(address).ok_or(Error::NoAddress)? {
             Page::Poisoned => return Ok(()),
             Page::Free { .. } => self.retire(pfn),
             Page::Held { handle } => detach(self, pfn, handle)?,
@@ -64,6 +68,16 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
         self.poisoned_pages += 1;
         Ok(())
+    }
+
+    /// What a page of online RAM is used for.
+    fn page_at(&self, address: u64) -> Option<Page> {
+        let pfn = address >> self.config.profile.page_shift;
+        self.pfn_is_online(pfn).then(|| {
+            let (memmap, _) = self.present(self.pageblock_of(pfn));
+            let (_, page) = self.locate_page(pfn);
+            memmap.page(page)
+        })
     }
 
     /// Takes a page without a handle out of use.
