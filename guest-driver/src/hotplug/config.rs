@@ -64,6 +64,9 @@ pub struct Config {
     /// Bytes of metadata that each page is charged in kernel memory: 64 in Linux. With 0, metadata is whoever's heap
     /// it is on, and no page of this memory is taken for it.
     pub struct_page_size: u32,
+    /// Whether memory that firmware calls special purpose is left to its drivers (Linux: `EFI_SOFT_RESERVE`, off with
+    /// the boot parameter `efi=nosoftreserve`); else it is RAM like any other.
+    pub soft_reserve: bool,
     /// Number of nodes that can ever be.
     pub possible_nodes: u32,
 }
@@ -84,12 +87,22 @@ impl Config {
             zone_rules: ZoneRules::Since4_14,
             hot_remove: true,
             struct_page_size: 0,
+            soft_reserve: true,
             possible_nodes: 1,
         }
     }
 
-    /// Applies Linux's boot parameters: `memhp_default_state`, `movable_node` and those of `memory_hotplug.`; others
-    /// are not ours, and wrong values are ignored, as Linux does both.
+    /// Pages of kernel memory the metadata of `size` bytes of memory takes, unless the memory holds it itself: of
+    /// 256 GiB at 4 KiB a page and 64 bytes of metadata for each, 4 GiB.
+    #[must_use]
+    pub const fn metadata_pages(&self, size: u64) -> u64 {
+        let pages = size >> self.profile.page_shift;
+        let bytes = pages.saturating_mul(self.struct_page_size as u64);
+        bytes.div_ceil(self.profile.page_size())
+    }
+
+    /// Applies Linux's boot parameters: `memhp_default_state`, `movable_node`, `efi=nosoftreserve` and those of
+    /// `memory_hotplug.`; others are not ours, and wrong values are ignored, as Linux does both.
     pub fn apply_command_line(&mut self, command_line: &str) {
         for word in command_line.split_ascii_whitespace() {
             match word.split_once('=') {
@@ -98,6 +111,9 @@ impl Config {
                     if let Ok(online_type) = OnlineType::parse_or_offline(state) {
                         self.default_online_type = online_type;
                     }
+                }
+                Some(("efi", options)) => {
+                    self.soft_reserve &= !options.split(',').any(|o| o == "nosoftreserve");
                 }
                 Some((name, value)) => {
                     if let Some(name) = name.strip_prefix("memory_hotplug.") {
