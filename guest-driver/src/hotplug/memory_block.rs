@@ -20,7 +20,7 @@ use super::node::ZoneId;
 use super::notifier::{MemoryAction, MemoryEvent};
 use super::online_type::OnlineType;
 use super::page::{Memmap, Page};
-use super::resource::Owner;
+use super::resource::{Owner, is_driver_managed};
 use super::section::{Section, sub_sections_by_section};
 use super::uevent::UeventAction;
 use super::zone::ZoneKind;
@@ -147,11 +147,12 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// In Linux's order: [`Error::Invalid`] for an empty range or a wrong name, [`Error::TooBig`] beyond what can be
+    /// In Linux's order: [`Error::Invalid`] for a wrong name or an empty range, [`Error::TooBig`] beyond what can be
     /// addressed, [`Error::Exists`] if any part is there already, [`Error::Invalid`] unless the range is made of whole
     /// memory blocks, and for an unknown group or node, [`Error::NoMemory`] if the metadata fits neither into the
     /// heap nor, where it is charged, into kernel memory.
     pub fn add_memory(&mut self, request: &AddMemory<'_>) -> Result<(), Error> {
+        is_driver_managed(request.resource_name)?;
         let range = self.addressable(request.start, request.size)?;
         self.faults.reach(Step::Resource)?;
         self.resources
@@ -291,8 +292,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
         nid: u32,
         pages: u64,
     ) -> Result<Vec<super::PageHandle>, Error> {
-        let bytes = pages * u64::from(self.config.struct_page_size);
-        let needed = bytes.div_ceil(self.config.profile.page_size());
+        let needed = self
+            .config
+            .metadata_pages(pages << self.config.profile.page_shift);
         let mut charged = Vec::new();
         for _ in 0..needed {
             match self.allocate_on(nid, Mobility::Unmovable) {
@@ -623,14 +625,21 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
     }
 
-    /// What notifiers are told of memory block `id`.
+    /// What notifiers are told of memory block `id` before it goes online, before it goes offline, and after.
     pub(super) fn event(&self, id: u64, block: &MemoryBlock, action: MemoryAction) -> MemoryEvent {
         let sections = self.sections_of_block(id);
         let early = sections
             .filter_map(|number| self.sections.get(&number))
             .any(|section| section.early);
+        let present = self.nodes.present_pages(block.nid);
+        let before_it_leaves = matches!(
+            action,
+            MemoryAction::GoingOffline | MemoryAction::CancelOffline
+        );
+        let leaving = if before_it_leaves { block.ram_pages } else { 0 };
         MemoryEvent {
             action,
+            node_changes: present.saturating_sub(leaving) == 0,
             start_pfn: self.pages_of_block(id).start + block.memmap_pages,
             page_count: self.block_pages() - block.memmap_pages,
             nid: block.nid,
