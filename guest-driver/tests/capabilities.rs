@@ -8,5 +8,7 @@
 //! | S4 | the sysfs files, and the zones a memory block may go to |
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
+#[path = "capabilities/s2.rs"]
+mod s2;
 #[path = "capabilities/support.rs"]
 mod support;
