@@ -61,8 +61,8 @@ pub struct Config {
     pub zone_rules: ZoneRules,
     /// Whether memory can be taken offline and removed at all (Linux: `MEMORY_HOTREMOVE`).
     pub hot_remove: bool,
-    /// Bytes of metadata that each page is charged in kernel memory: 64 in Linux. With 0, metadata is whoever's heap
-    /// it is on, and no page of this memory is taken for it.
+    /// Bytes of metadata that each page is charged in kernel memory: 64 in Linux. With 0, metadata is on somebody's heap,
+    /// and no page of this memory is taken for it; where memory holds its own metadata, that is still of Linux's size.
     pub struct_page_size: u32,
     /// Number of nodes that can ever be.
     pub possible_nodes: u32,
@@ -88,6 +88,14 @@ impl Config {
         }
     }
 
+    /// Bytes of metadata of each page in memory that holds its own.
+    pub(super) const fn self_hosted_page_size(&self) -> u32 {
+        match self.struct_page_size {
+            0 => 64,
+            size => size,
+        }
+    }
+
     /// Applies Linux's boot parameters: `memhp_default_state`, `movable_node` and those of `memory_hotplug.`; others
     /// are not ours, and wrong values are ignored, as Linux does both.
     pub fn apply_command_line(&mut self, command_line: &str) {
@@ -95,7 +103,7 @@ impl Config {
             match word.split_once('=') {
                 None if word == "movable_node" => self.movable_node = true,
                 Some(("memhp_default_state", state)) => {
-                    if let Ok(online_type) = OnlineType::parse_or_offline(state) {
+                    if let Ok(online_type) = OnlineType::parse_default(state) {
                         self.default_online_type = online_type;
                     }
                 }
