@@ -11,6 +11,7 @@ use super::page::{Class, Memmap, Page};
 use super::resource::ResourceFlags;
 use super::section::{Section, sub_sections_by_section};
 use super::zone::ZoneKind;
+use super::zone_rules::ZoneRules;
 use super::{Config, Error, Hotplug, PhysicalMemory};
 
 /// A range of System RAM at boot, of one node.
@@ -111,7 +112,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         self.resources.add_boot_ram(bytes.clone())?;
         // A sub-section has memory if any page of it has.
         let shift = profile.sub_section_shift;
-        let touched = bytes.start >> shift << shift..((bytes.end - 1) >> shift) + 1 << shift;
+        let touched = (bytes.start >> shift) << shift..(((bytes.end - 1) >> shift) + 1) << shift;
         for (number, active) in sub_sections_by_section(&profile, touched) {
             let section = match self.sections.get_mut(&number) {
                 Some(section) => section,
@@ -270,14 +271,15 @@ impl<M: PhysicalMemory> Hotplug<M> {
                 other.start < pages.end && pages.start < other.end
             });
             let nid = here.last().map_or(0, |range| range.nid);
+            let zone = match zones.as_slice() {
+                [only] => Some(only.kind),
+                _ => None,
+            };
             let block = MemoryBlock {
                 state: BlockState::Online,
                 nid,
-                zone: match zones.as_slice() {
-                    [only] => Some(only.kind),
-                    _ => None,
-                },
-                joined: None,
+                zone,
+                joined: zone.filter(|_| self.config.zone_rules == ZoneRules::UpTo4_12),
                 online_type: None,
                 group: None,
                 memmap_pages: 0,

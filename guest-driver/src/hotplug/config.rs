@@ -1,6 +1,6 @@
 //! What a kernel is built and booted with.
 
-use super::memmap::{MemmapOnMemory, MemmapRule};
+use super::memmap::{MemmapOnMemory, MemmapRule, memmap_pages};
 use super::online_type::OnlineType;
 use super::zone_rules::ZoneRules;
 use super::{Error, Profile};
@@ -61,8 +61,8 @@ pub struct Config {
     pub zone_rules: ZoneRules,
     /// Whether memory can be taken offline and removed at all (Linux: `MEMORY_HOTREMOVE`).
     pub hot_remove: bool,
-    /// Bytes of metadata that each page is charged in kernel memory: 64 in Linux. With 0, metadata is whoever's heap
-    /// it is on, and no page of this memory is taken for it.
+    /// Bytes of metadata that each page is charged in kernel memory: 64 in Linux. With 0, metadata is on somebody's heap,
+    /// and no page of this memory is taken for it; where memory holds its own metadata, that is still of Linux's size.
     pub struct_page_size: u32,
     /// Whether memory that firmware calls special purpose is left to its drivers (Linux: `EFI_SOFT_RESERVE`, off with
     /// the boot parameter `efi=nosoftreserve`); else it is RAM like any other.
@@ -95,10 +95,16 @@ impl Config {
     /// Pages of kernel memory the metadata of `size` bytes of memory takes, unless the memory holds it itself: of
     /// 256 GiB at 4 KiB a page and 64 bytes of metadata for each, 4 GiB.
     #[must_use]
-    pub const fn metadata_pages(&self, size: u64) -> u64 {
-        let pages = size >> self.profile.page_shift;
-        let bytes = pages.saturating_mul(self.struct_page_size as u64);
-        bytes.div_ceil(self.profile.page_size())
+    pub fn metadata_pages(&self, size: u64) -> u64 {
+        memmap_pages(&self.profile, self.struct_page_size, size)
+    }
+
+    /// Bytes of metadata of each page in memory that holds its own.
+    pub(super) const fn self_hosted_page_size(&self) -> u32 {
+        match self.struct_page_size {
+            0 => 64,
+            size => size,
+        }
     }
 
     /// Applies Linux's boot parameters: `memhp_default_state`, `movable_node`, `efi=nosoftreserve` and those of
@@ -108,7 +114,7 @@ impl Config {
             match word.split_once('=') {
                 None if word == "movable_node" => self.movable_node = true,
                 Some(("memhp_default_state", state)) => {
-                    if let Ok(online_type) = OnlineType::parse_or_offline(state) {
+                    if let Ok(online_type) = OnlineType::parse_default(state) {
                         self.default_online_type = online_type;
                     }
                 }

@@ -15,7 +15,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::resource::{Intersection, ResourceFlags};
-use super::section::{Section, sub_sections_by_section};
+use super::section::sub_sections_by_section;
 use super::{Error, Hotplug, PageHandle, PhysicalMemory, Step};
 
 /// What device memory is for (Linux: `enum memory_type`).
@@ -164,7 +164,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// Nothing in here can fail.
     fn activate(&mut self, bytes: &Range<u64>) {
         for (number, range) in sub_sections_by_section(&self.config.profile, bytes.clone()) {
-            let section = self.sections.entry(number).or_insert_with(Section::default);
+            let section = self.sections.entry(number).or_default();
             section.device = true;
             section.active = section.active.union(range);
         }
@@ -181,8 +181,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         let sub_sections: u64 = without_metadata
             .map(|(_, range)| u64::from(range.count()))
             .sum();
-        let pages = sub_sections << (profile.sub_section_shift - profile.page_shift);
-        self.charge_metadata(range.nid, pages)
+        self.charge_metadata(range.nid, sub_sections << profile.sub_section_shift)
     }
 }
 

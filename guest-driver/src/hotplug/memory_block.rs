@@ -117,7 +117,9 @@ pub struct AddMemory<'a> {
     pub resource_name: &'a str,
     /// One resource for it and its neighbours (Linux: `MHP_MERGE_RESOURCE`).
     pub merge_resource: bool,
-    /// Its metadata may live in itself (Linux: `MHP_MEMMAP_ON_MEMORY`); a hint.
+    /// Its metadata may live in itself (Linux: `MHP_MEMMAP_ON_MEMORY`): a hint, but under
+    /// [`MemmapRule::SingleBlock`](super::MemmapRule::SingleBlock) an error where
+    /// [`supports_memmap_on_memory`](Hotplug::supports_memmap_on_memory) says no.
     pub memmap_on_memory: bool,
     /// The bytes of it, whole pageblocks, that are kept from the allocator when it goes online, see
     /// [`Hotplug::fake_offline`].
@@ -207,7 +209,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         let memmap_pages = match request.memmap_on_memory {
             true => memmap::self_hosted_pages(
                 &profile,
-                self.config.struct_page_size.max(memmap::STRUCT_PAGE_SIZE),
+                self.config.self_hosted_page_size(),
                 self.config.memmap_on_memory,
                 self.config.memmap_rule,
                 size,
@@ -252,7 +254,10 @@ impl<M: PhysicalMemory> Hotplug<M> {
         let count = blocks.end - blocks.start;
         self.nodes.get_mut(nid).block_count += count;
         if let Some(group) = group {
-            self.groups.blocks_added(group, count);
+            for _ in 0..count {
+                let counted = self.groups.block_added(group);
+                debug_assert!(counted.is_ok(), "the group was looked up");
+            }
         }
         for pageblock in withheld {
             if blocks.contains(&self.block_of_pageblock(pageblock)) {
@@ -280,21 +285,18 @@ impl<M: PhysicalMemory> Hotplug<M> {
             section.activate(all)?;
         }
         if charge {
-            let pages = profile.section_size() >> profile.page_shift;
-            section.charged = self.charge_metadata(nid, pages)?;
+            section.charged = self.charge_metadata(nid, profile.section_size())?;
         }
         Ok(section)
     }
 
-    /// Takes the pages that the metadata of `pages` pages costs from kernel memory, on `nid` if there are any.
+    /// Takes the pages that the metadata of `size` bytes costs from kernel memory, on `nid` if there are any.
     pub(super) fn charge_metadata(
         &mut self,
         nid: u32,
-        pages: u64,
+        size: u64,
     ) -> Result<Vec<super::PageHandle>, Error> {
-        let needed = self
-            .config
-            .metadata_pages(pages << self.config.profile.page_shift);
+        let needed = self.config.metadata_pages(size);
         let mut charged = Vec::new();
         for _ in 0..needed {
             match self.allocate_on(nid, Mobility::Unmovable) {
@@ -326,7 +328,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
             return None;
         }
         let pages = self.pages_of_block(id);
-        let kind = zone_rules::zone_on_add(&self.nodes.spans(nid), pages.clone());
+        let kind = zone_rules::zone_on_add(&self.nodes.spans(nid), &pages);
         self.nodes.zone_mut(ZoneId { nid, kind }).extend(&pages);
         Some(kind)
     }
@@ -351,7 +353,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
             };
             self.nodes.get_mut(block.nid).block_count -= 1;
             if let Some(group) = block.group {
-                self.groups.blocks_removed(group, 1);
+                let counted = self.groups.block_removed(group);
+                debug_assert!(counted.is_ok(), "it was counted when it was added");
             }
             self.poisoned_pages -= u64::from(block.poisoned);
             if let Some(kind) = block.joined {
@@ -562,7 +565,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
                 memmap.pageblocks[index].zone = Some(zone);
             });
         }
-        self.account_group(block.group, kind, self.block_pages() as i64);
+        self.account_group(block.group, kind, self.block_pages().cast_signed());
         self.blocks.insert(
             id,
             MemoryBlock {
@@ -606,7 +609,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
             if block.joined.is_none() {
                 self.shrink_span(ZoneId { nid, kind }, &pages);
             }
-            self.account_group(block.group, kind, -(self.block_pages() as i64));
+            self.account_group(block.group, kind, -self.block_pages().cast_signed());
         }
         let event = self.event(id, &block, MemoryAction::Offline);
         self.notifiers.tell(&event);
@@ -615,7 +618,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
 
     fn account_group(&mut self, group: Option<GroupId>, kind: ZoneKind, pages: i64) {
         if let Some(group) = group {
-            self.groups.account(group, kind == ZoneKind::Movable, pages);
+            let counted = self.groups.account(group, kind == ZoneKind::Movable, pages);
+            debug_assert!(counted.is_ok(), "groups outlive their memory blocks");
         }
     }
 
@@ -649,6 +653,19 @@ impl<M: PhysicalMemory> Hotplug<M> {
 }
 
 impl<M> Hotplug<M> {
+    /// Whether memory of this size may hold its own metadata.
+    pub fn supports_memmap_on_memory(&self, size: u64) -> bool {
+        let config = &self.config;
+        memmap::supported(
+            &config.profile,
+            config.self_hosted_page_size(),
+            config.memmap_on_memory,
+            config.memmap_rule,
+            size,
+        )
+        .is_some()
+    }
+
     /// The state of memory block `id` (physical address / memory block size); `None` if it was not added.
     pub fn block_state(&self, id: u64) -> Option<BlockState> {
         self.blocks.get(&id).map(|block| block.state)

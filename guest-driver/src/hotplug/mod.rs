@@ -70,7 +70,7 @@ pub use config::{Config, OnlinePolicy};
 pub use device_memory::{DeviceKind, DeviceRange};
 pub use error::Error;
 pub use fault::{Fault, Step};
-pub use group::GroupId;
+pub use group::{GroupId, GroupKind};
 pub use handle::{Mobility, PageHandle};
 pub use isolation::{Isolation, Migration};
 pub use kmem::{Kmem, KmemDevice};

@@ -26,9 +26,6 @@ use super::{Error, Hotplug, PageHandle, Profile};
 pub(super) struct SubSections([u64; 4]);
 
 impl SubSections {
-    /// The most sub-sections a section can have.
-    pub(super) const MAX: u32 = 256;
-
     pub(super) fn of(range: Range<u32>) -> Self {
         let mut bits = Self::default();
         for index in range {

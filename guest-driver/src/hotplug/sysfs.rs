@@ -35,7 +35,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
         match file {
             "auto_online_blocks" => {
-                Ok(OnlineType::name_or_offline(self.config.default_online_type).into())
+                Ok(OnlineType::default_name(self.config.default_online_type).into())
             }
             "block_size_bytes" => Ok(format!("{:x}", self.config.profile.memory_block_size())),
             "crash_hotplug" => Ok("1".into()),
@@ -80,7 +80,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
                 Ok(())
             }
             "auto_online_blocks" => {
-                self.config.default_online_type = OnlineType::parse_or_offline(line)?;
+                self.config.default_online_type = OnlineType::parse_default(line)?;
                 Ok(())
             }
             "probe" => self.probe(parse_u64(line)?),
@@ -101,7 +101,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         match name {
             "state" | "online" if text.is_empty() => Ok(()),
             "state" => {
-                let changed = match OnlineType::parse_or_offline(line)? {
+                let changed = match OnlineType::parse_default(line)? {
                     None => self.device_offline(id)?,
                     Some(online_type) => {
                         // Stays in the block if that is online already, and is used up by whatever brings it online

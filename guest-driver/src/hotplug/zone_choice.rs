@@ -3,7 +3,8 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use super::auto_movable::{self, UnitState, ZoneTotals};
+use super::auto_movable::{self, ZoneTotals};
+use super::group::{Group, GroupKind};
 use super::memory_block::{BlockState, MemoryBlock};
 use super::online_type::OnlineType;
 use super::zone::ZoneKind;
@@ -27,11 +28,10 @@ impl<M> Hotplug<M> {
         let zones = zone_rules::valid_zones(
             self.config.zone_rules,
             &self.nodes.spans(block.nid),
-            self.pages_of_block(id),
+            &self.pages_of_block(id),
             online.flatten(),
             block.joined,
-            default.ok(),
-            self.config.movable_node,
+            default?,
         );
         let names: Vec<&str> = zones.into_iter().map(ZoneKind::name).collect();
         Ok(names.join(" "))
@@ -51,13 +51,13 @@ impl<M> Hotplug<M> {
         {
             return Ok(match self.fits_movable(id, block) {
                 true => ZoneKind::Movable,
-                false => zone_rules::kernel_zone(&spans, pages),
+                false => zone_rules::kernel_zone(&spans, &pages),
             });
         }
         zone_rules::zone_for(
             self.config.zone_rules,
             &spans,
-            pages,
+            &pages,
             block.joined,
             online_type,
             self.config.movable_node,
@@ -67,7 +67,7 @@ impl<M> Hotplug<M> {
     /// Whether the block and what is expected to follow it may all be Movable (Linux: `auto_movable_zone_for_pfn`).
     fn fits_movable(&self, id: u64, block: &MemoryBlock) -> bool {
         let own = block.group.and_then(|group| self.groups.get(group).ok());
-        let unit = |unit_pages: u64| self.unit_state(id, unit_pages);
+        let unit = || self.unit_state(id, own);
         let Some(pages) = auto_movable::remaining_pages(own, self.block_pages(), unit) else {
             return false;
         };
@@ -76,26 +76,31 @@ impl<M> Hotplug<M> {
                 self.config.auto_movable_ratio,
                 self.zone_totals(nid),
                 own,
-                self.groups.other_dynamic(block.group, nid),
+                self.groups.other_dynamic(nid, block.group),
                 pages,
             )
         };
         fits(None) && (!self.config.auto_movable_numa_aware || fits(Some(block.nid)))
     }
 
-    /// What is online of the unit, `unit_pages` long, that memory block `id` is part of.
-    fn unit_state(&self, id: u64, unit_pages: u64) -> UnitState {
+    /// Whether any of the unit that memory block `id` is part of is online in a kernel zone, and how many pages of it are
+    /// online.
+    fn unit_state(&self, id: u64, group: Option<&Group>) -> (bool, u64) {
+        let unit_pages = match group.map(|group| group.kind) {
+            Some(GroupKind::Dynamic { unit_pages }) => unit_pages,
+            _ => self.block_pages(),
+        };
         let blocks = (unit_pages / self.block_pages()).max(1);
         let first = id / blocks * blocks;
-        let mut state = UnitState::default();
+        let (mut any_kernel, mut online_pages) = (false, 0);
         for (_, block) in self.blocks.range(first..first.saturating_add(blocks)) {
             // Whatever is going offline is still online.
             if block.state != BlockState::Offline {
-                state.any_kernel |= block.zone != Some(ZoneKind::Movable);
-                state.online_pages += self.block_pages();
+                any_kernel |= block.zone != Some(ZoneKind::Movable);
+                online_pages += self.block_pages();
             }
         }
-        state
+        (any_kernel, online_pages)
     }
 
     /// The zones of a node, or of all, by what counts for the ratio.

@@ -450,10 +450,12 @@ fn s2_06_driver_managed_memory_has_a_name_is_trimmed_to_blocks_and_is_one_static
     assert_eq!(kmem.ranges(), &added[..1]);
     assert_eq!(kmem.refused(), [(added[1].clone(), Error::Busy)]);
     check(&machine);
+
+    static_group_goes_to_movable_only_if_all_of_the_device_fits();
 }
 
-#[test]
-fn s2_06_static_group_goes_to_movable_only_if_all_of_the_device_fits() {
+/// The group is over all of the device, so the policy looks at all of it.
+fn static_group_goes_to_movable_only_if_all_of_the_device_fits() {
     // 640 MiB of device: more than 301 % of 128 MiB, less than that of 256 MiB. Its first range alone would fit.
     let ranges = [4 * GIB..4 * GIB + 3 * BLOCK, 9 * GIB..9 * GIB + 2 * BLOCK];
     for (boot, expected) in [(BLOCK, ZoneKind::Normal), (2 * BLOCK, ZoneKind::Movable)] {
