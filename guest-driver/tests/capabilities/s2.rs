@@ -1,6 +1,10 @@
 //! Memory hotplug as its users see it: CXL memory from boot to the shell.
 //!
 //! Every row has a test. Of S2-2 (flat against sparse page metadata) only sparse exists here; its test shows that.
+#![expect(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges that have one"
+)]
 
 use std::sync::{Arc, Mutex};
 
