@@ -119,7 +119,8 @@ pub struct AddMemory<'a> {
     pub merge_resource: bool,
     /// Its metadata may live in itself (Linux: `MHP_MEMMAP_ON_MEMORY`): a hint, but under
     /// [`MemmapRule::SingleBlock`](super::MemmapRule::SingleBlock) an error where
-    /// [`supports_memmap_on_memory`](Hotplug::supports_memmap_on_memory) says no.
+    /// [`supports_memmap_on_memory`](Hotplug::supports_memmap_on_memory) says no. Not heard where part of the memory is
+    /// withheld, as metadata always has to be there.
     pub memmap_on_memory: bool,
     /// The bytes of it, whole pageblocks, that are kept from the allocator when it goes online, see
     /// [`Hotplug::fake_offline`].
@@ -206,7 +207,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
         self.faults.reach(Step::Node)?;
         self.faults.reach(Step::Mapping)?;
-        let memmap_pages = match request.memmap_on_memory {
+        let memmap_pages = match request.memmap_on_memory && withheld.is_empty() {
             true => memmap::self_hosted_pages(
                 &profile,
                 self.config.self_hosted_page_size(),

@@ -18,7 +18,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         if self.page_at(address) == Some(Page::Poisoned) {
             return Err(Error::HwPoison);
         }
-        self.poison(address, |hotplug, pfn, handle| {
+        self.poison(address, Error::Busy, |hotplug, pfn, handle| {
             if hotplug.handles.by_index(handle).is_pinned() {
                 return Err(Error::Busy);
             }
@@ -32,15 +32,18 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoAddress`] if it has no metadata, [`Error::Io`] if it is not online RAM, [`Error::Busy`] if it is pinned or
-    /// its user cannot do without it, [`Error::NoMemory`] if there is no page to move it to. A page that is poisoned
+    /// [`Error::NoAddress`] if it has no metadata, [`Error::Io`] if it is not online RAM or its user cannot do without it,
+    /// [`Error::Busy`] if it is pinned, [`Error::NoMemory`] if there is no page to move it to. A page that is poisoned
     /// already is no error.
     pub fn soft_offline_page(&mut self, address: u64) -> Result<(), Error> {
         let pfn = address >> self.config.profile.page_shift;
         if self.pfn_valid(pfn) && self.page_at(address).is_none() {
             return Err(Error::Io);
         }
-        self.poison(address, |hotplug, pfn, handle| {
+        self.poison(address, Error::Io, |hotplug, pfn, handle| {
+            if hotplug.handles.by_index(handle).mobility() == Mobility::Unmovable {
+                return Err(Error::Io);
+            }
             // It must not become free in between.
             let to = hotplug.migrate_away(pfn, handle)?.ok_or(Error::Busy)?;
             hotplug.handles.move_to(handle, to);
@@ -52,6 +55,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
     fn poison(
         &mut self,
         address: u64,
+        unhandled: Error,
         detach: impl FnOnce(&mut Self, u64, u32) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let pfn = address >> self.config.profile.page_shift;
@@ -60,7 +64,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
             Page::Free { .. } => self.retire(pfn),
             Page::Held { handle } => detach(self, pfn, handle)?,
             Page::Absent => return Err(Error::NoAddress),
-            Page::Withheld | Page::Reserved | Page::Memmap => return Err(Error::Busy),
+            Page::Withheld | Page::Reserved | Page::Memmap => return Err(unhandled),
         }
         let id = self.block_of_pfn(pfn);
         if let Some(block) = self.blocks.get_mut(&id) {

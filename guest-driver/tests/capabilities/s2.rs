@@ -435,6 +435,22 @@ fn s2_06_driver_managed_memory_has_a_name_is_trimmed_to_blocks_and_is_one_static
     assert_eq!(machine.unregister_group(kmem.group()), Err(Error::Invalid));
     check(&machine);
 
+    // The claim of the device goes with a failure, at any stage of adding.
+    for step in [
+        Step::Resource,
+        Step::Node,
+        Step::Mapping,
+        Step::Memmap,
+        Step::MemoryBlock,
+    ] {
+        machine.inject(Fault {
+            step,
+            skip: 0,
+            error: Error::NoMemory,
+        });
+        refused(&mut machine, Error::NoMemory, |m| m.add_kmem(&device));
+    }
+
     // No whole block at all, no such node, first range taken: nothing happens. A later one is left out.
     let add = |ranges, nid| {
         move |m: &mut Machine| {
@@ -756,6 +772,8 @@ fn s2_11_kernel_use_and_pins_keep_a_block_from_going_offline_and_say_where() {
     refused(&mut machine, Error::Busy, |m| {
         m.write("memory32/state", "offline")
     });
+    refused(&mut machine, Error::Busy, |m| m.hard_offline_page(at));
+    refused(&mut machine, Error::Io, |m| m.soft_offline_page(at));
     refused(&mut machine, Error::Busy, |m| {
         m.offline_and_remove_memory(Owner::PROBE, 4 * GIB, 2 * BLOCK)
     });
@@ -1001,6 +1019,11 @@ fn s2_13_sources_of_the_zone_each_stronger_than_the_one_before() {
         machine.read("auto_online_blocks").unwrap(),
         "online_movable"
     );
+    assert_eq!(machine.write("auto_online_blocks", ""), Ok(()));
+    assert_eq!(machine.write("parameters/online_policy", ""), Ok(()));
+    refused(&mut machine, Error::AccessDenied, |m| {
+        m.write("parameters/memmap_on_memory", "")
+    });
     assert_eq!(machine.block_state(32), Some(BlockState::Offline));
     machine.add_memory(&AddMemory::new(5 * GIB, BLOCK)).unwrap();
     assert_eq!(machine.valid_zones(40).unwrap(), "Movable");
@@ -1057,12 +1080,21 @@ fn s2_14_self_hosted_metadata_leaves_252_of_256_mib_in_both_zones() {
                 .all(|page| usable(machine.address(*page).unwrap()))
         );
         assert_eq!(machine.hard_offline_page(4 * GIB), Err(Error::Busy));
+        assert_eq!(machine.soft_offline_page(4 * GIB), Err(Error::Io));
         assert_eq!(machine.isolate(4 * GIB, 2 * MIB).unwrap_err(), Error::Busy);
         for page in pages {
             machine.free(page).unwrap();
         }
         machine.offline(16).unwrap();
         machine.offline(17).unwrap();
+        // Nobody keeps it for himself while it is offline, to hand it out later.
+        for size in [2 * MIB, 256 * MIB] {
+            refused(&mut machine, Error::Busy, |m| m.fake_offline(4 * GIB, size));
+        }
+        refused(&mut machine, Error::Busy, |m| {
+            m.fake_offline(4 * GIB + 252 * MIB, 6 * MIB)
+        });
+        machine.fake_offline(4 * GIB + 4 * MIB, 252 * MIB).unwrap();
         machine
             .remove_memory(Owner::PROBE, 4 * GIB, 512 * MIB)
             .unwrap();
@@ -1078,6 +1110,17 @@ fn s2_14_self_hosted_metadata_leaves_252_of_256_mib_in_both_zones() {
             "notifiers do not hear of the metadata"
         );
     }
+
+    // Where part of a block is withheld, the hint does not count: metadata has to be there.
+    let mut machine = booted(self_hosting(profile), &[(GIB, 2 * GIB, 0)]);
+    machine
+        .add_memory(&AddMemory {
+            memmap_on_memory: true,
+            withheld: 4 * GIB..4 * GIB + 2 * MIB,
+            ..AddMemory::new(4 * GIB, 256 * MIB)
+        })
+        .unwrap();
+    assert_eq!(machine.blocks().last().unwrap().memmap_pages, 0);
 
     // Who does not ask, or asks a kernel that does not do it, has all of the block and pays elsewhere.
     for (config, asks) in [(self_hosting(profile), false), (charging(profile), true)] {
