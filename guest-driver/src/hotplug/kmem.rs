@@ -2,11 +2,11 @@
 //! (Linux: `dax/kmem`).
 //!
 //! ```text
-//!             4 GiB      4.25                                 4.875   5 GiB
-//!  device               |.....=====|==========|==========|=====.....|         ranges, at any alignment
-//!  added                      |####|##########|##########|####|               whole memory blocks; the rest is lost
+//!  memory blocks   |          |          |          |          |
+//!  device               |================================|             ranges, at any alignment
+//!  added                      |##########|##########|                  whole memory blocks; the rest is lost
 //!
-//!  110000000-137ffffff : Soft Reserved
+//!  10c000000-13bffffff : Soft Reserved
 //!    110000000-137ffffff : dax0.0                   one for each range that was added
 //!      110000000-137ffffff : System RAM (kmem)      driver managed: the next kernel must ask the driver again
 //! ```

@@ -903,6 +903,14 @@ fn s2_12_long_term_pin_never_stays_in_movable() {
     refused(&mut machine, Error::NoMemory, |m| {
         m.pin_long_term(inside[0])
     });
+    // A free page among them is of no use either: that is what nothing unmovable goes to.
+    machine.free(inside[1]).unwrap();
+    refused(&mut machine, Error::NoMemory, |m| {
+        m.pin_long_term(inside[0])
+    });
+    refused(&mut machine, Error::NoMemory, |m| {
+        m.allocate(Mobility::Unmovable)
+    });
     machine.free(outside[0]).unwrap();
     machine.pin_long_term(inside[0]).unwrap();
     assert!(!in_cma(&machine, inside[0]));
@@ -1242,7 +1250,7 @@ fn s2_16_kexec_hands_on_system_ram_but_not_what_a_driver_manages() {
     assert_eq!(next.blocks().filter(|block| !block.early).count(), 8);
     check(&next);
 
-    // What is removed leaves the map; taking it for the map's business again is nobody's.
+    // The map does not change with what the driver removes, but with what was added by hand.
     for id in [64, 65] {
         machine.offline(id).unwrap();
     }
