@@ -82,7 +82,7 @@ fn measure(name: &str, profile: Profile) -> Result<(), Box<dyn Error>> {
     println!(
         "{name:<10} {:>4} MiB {add:>9.1?} {online:>11.1?} {offline:>11.1?} {remove:>11.1?} {:>10} KiB = 1/{}",
         block >> 20,
-        (metadata << 30) / SIZE >> 10,
+        metadata / (SIZE >> 30) / 1024,
         SIZE / metadata,
     );
     Ok(())

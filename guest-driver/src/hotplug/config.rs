@@ -1,5 +1,7 @@
 //! What a kernel is built and booted with.
 
+use core::num::IntErrorKind;
+
 use super::memmap::{MemmapOnMemory, MemmapRule, memmap_pages};
 use super::online_type::OnlineType;
 use super::zone_rules::ZoneRules;
@@ -200,7 +202,7 @@ pub(super) fn parse_bool(text: &str) -> Result<bool, Error> {
 
 /// A number as Linux takes it (`kstrtouint` with base 0): decimal, hexadecimal or octal by its prefix.
 fn parse_u32(text: &str) -> Result<u32, Error> {
-    parse_u64(text)?.try_into().map_err(|_| Error::Invalid)
+    parse_u64(text)?.try_into().map_err(|_| Error::OutOfRange)
 }
 
 /// A number as Linux takes it (`kstrtoull` with base 0).
@@ -215,7 +217,10 @@ pub(super) fn parse_u64(text: &str) -> Result<u64, Error> {
     if digits.starts_with('+') {
         return Err(Error::Invalid);
     }
-    u64::from_str_radix(digits, radix).map_err(|_| Error::Invalid)
+    u64::from_str_radix(digits, radix).map_err(|error| match error.kind() {
+        IntErrorKind::PosOverflow => Error::OutOfRange,
+        _ => Error::Invalid,
+    })
 }
 
 #[cfg(test)]
@@ -237,10 +242,12 @@ mod tests {
 
     #[test]
     fn numbers_are_those_of_kstrtoull() {
+        assert_eq!(parse_u64("18446744073709551616"), Err(Error::OutOfRange));
+        assert_eq!(parse_u32("0x100000000"), Err(Error::OutOfRange));
         for (text, number) in [("10", 10), ("0x10", 16), ("010", 8), ("+3", 3), ("0", 0)] {
             assert_eq!(parse_u64(text), Ok(number), "{text}");
         }
-        for wrong in ["", "-5", "abc", "0x", "++3", "0x+3", "18446744073709551616"] {
+        for wrong in ["", "-5", "abc", "0x", "++3", "0x+3"] {
             assert_eq!(parse_u64(wrong), Err(Error::Invalid), "{wrong}");
         }
     }

@@ -71,6 +71,8 @@ errors! {
     Invalid, "EINVAL", 22, "invalid argument";
     /// Nothing is left to plug.
     NoSpace, "ENOSPC", 28, "no space left";
+    /// A number too large for its parameter.
+    OutOfRange, "ERANGE", 34, "number out of range";
     /// The memory has a page the hardware cannot be trusted with.
     HwPoison, "EHWPOISON", 133, "hardware poisoned page";
 }
@@ -88,7 +90,7 @@ mod tests {
                 known += 1;
             }
         }
-        assert_eq!(known, 14);
+        assert_eq!(known, 15);
         assert_eq!(Error::from_errno(-16), None);
         assert_eq!(Error::from_errno_name("EFOO"), None);
     }

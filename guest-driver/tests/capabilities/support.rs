@@ -76,8 +76,10 @@ pub(crate) fn write(machine: &mut Machine, page: PageHandle, tag: u64) {
     let words = machine.profile().page_size() as usize / 8;
     let first = machine.pin(page).unwrap().cast::<u64>();
     for index in 0..words {
-        // SAFETY: The page is pinned, has this many words, and nothing else runs.
-        unsafe { first.add(index).write(tag) };
+        // SAFETY: The page has this many words.
+        let word = unsafe { first.add(index) };
+        // SAFETY: The page is pinned, and nothing else runs.
+        unsafe { word.write(tag) };
     }
     machine.unpin(page).unwrap();
 }
@@ -86,9 +88,13 @@ pub(crate) fn write(machine: &mut Machine, page: PageHandle, tag: u64) {
 pub(crate) fn read(machine: &mut Machine, page: PageHandle) -> u64 {
     let words = machine.profile().page_size() as usize / 8;
     let first = machine.pin(page).unwrap().cast::<u64>();
-    // SAFETY: The page is pinned, has this many words, and nothing else runs.
     let words: Vec<u64> = (0..words)
-        .map(|index| unsafe { first.add(index).read() })
+        .map(|index| {
+            // SAFETY: The page has this many words.
+            let word = unsafe { first.add(index) };
+            // SAFETY: The page is pinned, and nothing else runs.
+            unsafe { word.read() }
+        })
         .collect();
     machine.unpin(page).unwrap();
     assert!(words.iter().all(|word| *word == words[0]), "a page is torn");
