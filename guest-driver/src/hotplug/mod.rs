@@ -78,7 +78,7 @@ pub use online_type::OnlineType;
 pub use physical_memory::PhysicalMemory;
 pub use profile::Profile;
 pub use resource::{FirmwareMap, Intersection, Owner, Resource, ResourceFlags, ResourceTree};
-pub use section::SectionInfo;
+pub use section::{SectionInfo, SubSections};
 pub use snapshot::Snapshot;
 pub use uevent::{Uevent, UeventAction};
 pub use zone::ZoneKind;
