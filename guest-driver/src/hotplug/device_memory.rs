@@ -94,6 +94,12 @@ impl DeviceRanges {
         self.0.values()
     }
 
+    /// Whether one of them has this resource.
+    pub(super) fn have_claimed(&self, bytes: &Range<u64>, name: &str) -> bool {
+        let entry = self.0.get(&bytes.start);
+        entry.is_some_and(|entry| entry.range.bytes == *bytes && &*entry.name == name)
+    }
+
     fn at(&self, address: u64) -> Option<&Entry> {
         let (_, entry) = self.0.range(..=address).next_back()?;
         entry.range.bytes.contains(&address).then_some(entry)
