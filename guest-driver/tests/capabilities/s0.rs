@@ -720,6 +720,28 @@ fn s0_09_memory_block_of_two_nodes_or_two_zones_stays_online() {
     }
 }
 
+/// S0-9: a hole is no better, even in one zone.
+#[test]
+fn s0_09_memory_block_with_a_hole_stays_online() {
+    for end in [2 * GIB - 128 * 1024, 2 * GIB - 2 * MIB, 2 * GIB - 64 * MIB] {
+        let mut machine = booted(Config::new(Profile::X86_64), &[(0, end, 0)]);
+        let before = machine.snapshot();
+        assert_eq!(machine.read("memory15/valid_zones").unwrap(), "DMA32");
+        assert_eq!(
+            machine.offline(15),
+            Err(Error::Invalid),
+            "RAM ends at {end:x}"
+        );
+        assert_eq!(machine.snapshot(), before);
+        machine.offline(14).unwrap();
+        assert_eq!(
+            machine.read("memory14/valid_zones").unwrap(),
+            "DMA32 Movable"
+        );
+        machine.check_invariants().unwrap();
+    }
+}
+
 /// S0-10.
 #[test]
 fn s0_10_device_memory_never_comes_online() {
@@ -803,6 +825,7 @@ fn s0_11_memory_blocks_are_one_to_sixteen_sections() {
                 assert_eq!(machine.add_memory(&part), Err(Error::Invalid));
             }
         }
+        let before = machine.snapshot();
         machine.add_memory(&AddMemory::new(start, block)).unwrap();
         let added = |machine: &Machine, online| {
             let sections = machine
@@ -833,6 +856,7 @@ fn s0_11_memory_blocks_are_one_to_sixteen_sections() {
             .offline_and_remove_memory(Owner::PROBE, start, block)
             .unwrap();
         assert_eq!((added(&machine, false), added(&machine, true)), (0, 0));
+        assert_eq!(machine.snapshot(), before);
         machine.check_invariants().unwrap();
     }
 }

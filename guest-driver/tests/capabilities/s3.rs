@@ -307,6 +307,8 @@ fn s3_05_several_namespaces_of_one_section_live_and_go_independently() {
         assert_eq!(machine.remove_device_memory(part), Err(Error::Invalid));
         let parent = machine.release_resource(section.clone(), "Persistent Memory");
         assert_eq!(parent, Err(Error::Busy));
+        let own = machine.release_resource(mounted[0].bytes.clone(), "namespace");
+        assert_eq!(own, Err(Error::Busy));
 
         // Two smaller ones take its place.
         let middle = gone.bytes.start + 10 * MIB;
