@@ -14,6 +14,7 @@
 //! | what host and guest program share | `mailbox.rs`, `port.rs`, [`vmem_guest::abi`] |
 //! | the guest without KVM | `in_process/` |
 //! | what `vmem demo` does and checks | [`demo`] |
+//! | what `vmem replay` does and compares | [`replay`] |
 //!
 //! # Example
 //!
@@ -50,6 +51,7 @@ mod machine;
 mod mailbox;
 mod outcome;
 mod port;
+pub mod replay;
 pub mod slots;
 pub mod transport;
 mod vcpu;

@@ -1,11 +1,14 @@
 //! `vmem`: resize the memory of a running guest, and see that it works.
 
-use std::io;
+use std::fmt;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vmm_harness::GuestKind;
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
+use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
 
 /// Resizes the memory of a running guest through a virtio memory device.
 #[derive(Parser)]
@@ -22,6 +25,9 @@ enum Command {
     /// Grows and shrinks a working guest step by step and checks each step. The default.
     #[command(after_help = EXIT_CODES)]
     Demo(DemoArgs),
+    /// Runs recorded traces of real kernels through the model of memory hotplug and reports the first difference.
+    #[command(after_help = REPLAY_EXIT_CODES)]
+    Replay(ReplayArgs),
 }
 
 const EXIT_CODES: &str = "\
@@ -33,6 +39,12 @@ Exit codes:
   1  a check failed, or something could not be done; the error names it
   2  the options are wrong
   3  the rogue guest was caught, as asked for with --rogue";
+
+const REPLAY_EXIT_CODES: &str = "\
+Exit codes:
+  0  every step of every file agrees
+  1  a step differs, or a file cannot be replayed; the others are replayed all the same
+  2  the options are wrong";
 
 #[derive(Args)]
 struct DemoArgs {
@@ -74,6 +86,19 @@ struct DemoArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct ReplayArgs {
+    /// Traces
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Print a map of memory blocks and zones at boot and after each step that changes it
+    #[arg(long, conflicts_with = "json")]
+    show: bool,
+    /// Print one JSON document instead of one line for each file
+    #[arg(long)]
+    json: bool,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Guest {
     /// On KVM if it can be used, else in this process
@@ -104,11 +129,12 @@ fn parse_size(text: &str) -> Result<u64, parse_size::Error> {
 fn main() -> ExitCode {
     env_logger::init();
     let cli = Cli::parse();
-    let args = match cli.command {
-        Some(Command::Demo(args)) => args,
-        None => cli.demo,
+    let result = match cli.command {
+        Some(Command::Demo(args)) => run_demo(&args),
+        Some(Command::Replay(args)) => run_replay(&args),
+        None => run_demo(&cli.demo),
     };
-    match run_demo(&args) {
+    match result {
         Ok(code) => code,
         Err(error) => {
             let usage = error
@@ -151,4 +177,105 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         false => demo::run(&options, &mut io::stdout())?,
     };
     Ok(ExitCode::from(if summary.rogue.is_some() { 3 } else { 0 }))
+}
+
+fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
+    let mut out = io::stdout().lock();
+    let mut totals = Totals::default();
+    let mut reports = Vec::new();
+    for file in &args.files {
+        let mut written = Ok(());
+        let result = replay::replay_file(file, &mut |map| {
+            if args.show && written.is_ok() {
+                written = writeln!(out, "{map}");
+            }
+        });
+        written?;
+        totals.add(&result);
+        match args.json {
+            true => reports.push(json_report(file, &result)),
+            false => print_report(&mut out, file, &result)?,
+        }
+    }
+    if args.json {
+        serde_json::to_writer_pretty(&mut out, &reports)?;
+        writeln!(out)?;
+    } else {
+        writeln!(out, "{totals}")?;
+    }
+    Ok(ExitCode::from(u8::from(totals.agreeing < totals.files)))
+}
+
+/// All files together.
+#[derive(Default)]
+struct Totals {
+    files: usize,
+    agreeing: usize,
+    steps: usize,
+    comparisons: u64,
+    inputs: Inputs,
+}
+
+impl Totals {
+    fn add(&mut self, result: &Result<Summary, ReplayError>) {
+        self.files += 1;
+        if let Ok(summary) = result {
+            self.agreeing += usize::from(summary.difference.is_none());
+            self.steps += summary.steps;
+            self.comparisons += summary.comparisons;
+            self.inputs += summary.inputs;
+        }
+    }
+}
+
+impl fmt::Display for Totals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            files,
+            agreeing,
+            steps,
+            comparisons,
+            inputs,
+        } = self;
+        write!(
+            f,
+            "{agreeing} of {files} files agree: {steps} steps, {comparisons} comparisons; taken from the traces: {inputs}"
+        )
+    }
+}
+
+fn print_report(
+    out: &mut dyn Write,
+    file: &Path,
+    result: &Result<Summary, ReplayError>,
+) -> io::Result<()> {
+    let file = file.display();
+    match result {
+        Ok(Summary {
+            difference: Some(difference),
+            ..
+        }) => writeln!(out, "{file}: {difference}"),
+        Ok(Summary {
+            steps,
+            comparisons,
+            inputs,
+            ..
+        }) => {
+            writeln!(
+                out,
+                "{file}: agrees: {steps} steps, {comparisons} comparisons; taken: {inputs}"
+            )
+        }
+        Err(error) => {
+            out.flush()?;
+            writeln!(io::stderr(), "vmem: {file}: {error}")
+        }
+    }
+}
+
+fn json_report(file: &Path, result: &Result<Summary, ReplayError>) -> serde_json::Value {
+    match result {
+        Ok(summary) => serde_json::json!({ "file": file, "summary": summary }),
+        Err(error) => serde_json::json!({ "file": file, "error": error.to_string() }),
+    }
 }

@@ -212,6 +212,7 @@ fn help_says_what_there_is() {
     assert_eq!(code, 0);
     for word in [
         "demo",
+        "replay",
         "--targets",
         "--rogue",
         "--guest",
@@ -220,4 +221,94 @@ fn help_says_what_there_is() {
     ] {
         assert!(stdout.contains(word), "{word} in {stdout}");
     }
+}
+
+fn trace(name: &str) -> String {
+    format!("{}/../tests/traces/{name}.json", env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn replay_that_agrees_is_exit_code_0() {
+    let (a, b) = (
+        trace("s1d-6.1-oracleA_kernel_last"),
+        trace("s4-6.12-boot-dimm"),
+    );
+    let (code, stdout, stderr) = vmem(&["replay", &a, &b]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(
+        stdout.contains("oracleA_kernel_last.json: agrees: 6 steps"),
+        "{stdout}"
+    );
+    let last = stdout.lines().last().unwrap_or_default();
+    assert!(last.starts_with("2 of 2 files agree: 9 steps"), "{stdout}");
+}
+
+#[test]
+fn replay_shows_a_map_of_blocks_and_zones() {
+    let file = trace("s1d-6.1-oracleA_kernel_last");
+    let (code, stdout, stderr) = vmem(&["replay", "--show", &file]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let map = "step 4: write_state 32 online_movable
+             0        32
+  node 0     *KKKKKKK~M.K
+    DMA      =
+    DMA32    ========
+    Normal              =
+    Movable           =
+";
+    assert!(stdout.contains(map), "{stdout}");
+}
+
+#[test]
+fn replay_reports_difference_and_damage_with_exit_code_1() {
+    let file = trace("s1d-6.1-oracleA_kernel_last");
+    let text = std::fs::read_to_string(&file).expect("the trace is there");
+    let folder = std::env::temp_dir().join(format!("vmem-replay-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder for files");
+    let write = |name: &str, text: &str| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).expect("the file is written");
+        path.to_string_lossy().into_owned()
+    };
+    let changed = write(
+        "changed.json",
+        &text.replace("online memory34", "online memory33"),
+    );
+    let cut = write("cut.json", &text[..text.len() / 2]);
+    let missing = folder.join("missing.json").to_string_lossy().into_owned();
+    let virtio_mem = text.replacen("\"seed\"", "\"device\": {}, \"seed\"", 1);
+    let virtio_mem = write("virtio-mem.json", &virtio_mem);
+
+    let (code, stdout, _) = vmem(&["replay", &changed, &file]);
+    assert_eq!(code, 1, "{stdout}");
+    assert!(
+        stdout.contains(
+            "changed.json: step 3 (write_state 34 online_kernel): uevent 0 text: \
+             expected online memory33, got online memory34"
+        ),
+        "{stdout}"
+    );
+    // The others are replayed all the same.
+    assert!(stdout.contains("1 of 2 files agree"), "{stdout}");
+    for (file, reason) in [
+        (&cut, "is not a trace: "),
+        (&cut, " at line "),
+        (&missing, "cannot be read: "),
+        (&"/dev/zero".to_owned(), "is longer than a trace can be"),
+        (
+            &virtio_mem,
+            "virtio-mem device, and such traces are not replayed yet",
+        ),
+    ] {
+        let (code, stdout, stderr) = vmem(&["replay", file]);
+        assert_eq!(code, 1, "{stdout}{stderr}");
+        assert!(stderr.contains(reason), "{stderr}");
+        let (code, stdout, _) = vmem(&["replay", "--json", file]);
+        assert_eq!(code, 1, "{stdout}");
+        let report: Value = serde_json::from_str(&stdout).expect("JSON");
+        let error = report[0]["error"].as_str().unwrap_or_default();
+        assert!(error.contains(reason), "{stdout}");
+    }
+    std::fs::remove_dir_all(folder).expect("the folder goes");
+    assert_eq!(vmem(&["replay"]).0, 2, "a file is needed");
 }

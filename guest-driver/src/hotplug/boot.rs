@@ -28,8 +28,9 @@ pub struct BootRange {
 pub struct Boot {
     /// System RAM, as the firmware's memory map has it.
     pub ram: Vec<BootRange>,
-    /// Memory set aside for a driver (firmware: special purpose; Linux: `Soft Reserved`): not RAM until that adds it.
-    pub special_purpose: Vec<Range<u64>>,
+    /// Memory set aside for a driver (firmware: special purpose; Linux: `Soft Reserved`): not RAM until that
+    /// [adds](Hotplug::add_kmem) it, unless [`Config::soft_reserve`] is off.
+    pub special_purpose: Vec<BootRange>,
     /// Where Movable begins on a node: the node and the address, a whole pageblock's (Linux: `kernelcore`,
     /// `movablecore`, `movable_node`). On other nodes there is no Movable at boot.
     pub movable_from: Vec<(u32, u64)>,
@@ -55,17 +56,15 @@ impl<M: PhysicalMemory> Hotplug<M> {
         if !config.profile.boot_memory_removable {
             hotplug.register_notifier(0, Box::new(prevent_boot_memory_removal));
         }
-        for range in &boot.special_purpose {
-            let range = hotplug.addressable(range.start, range.end.saturating_sub(range.start))?;
-            hotplug
-                .resources
-                .claim(range, "Soft Reserved", ResourceFlags::RESERVED)?;
+        let mut ram = boot.ram.clone();
+        match config.soft_reserve {
+            true => hotplug.soft_reserve(&boot.special_purpose)?,
+            false => ram.extend_from_slice(&boot.special_purpose),
         }
         for nid in &boot.cpu_nodes {
             hotplug.check_node(*nid)?;
             hotplug.nodes.get_mut(*nid).has_cpus = true;
         }
-        let mut ram = boot.ram.clone();
         ram.sort_by_key(|range| range.bytes.start);
         for range in &ram {
             hotplug.add_boot_range(range)?;
@@ -89,6 +88,18 @@ impl<M: PhysicalMemory> Hotplug<M> {
         hotplug.span_boot_zones(&ram, boot);
         hotplug.describe_boot_blocks(&ram);
         Ok(hotplug)
+    }
+
+    /// Leaves memory to its drivers.
+    fn soft_reserve(&mut self, ranges: &[BootRange]) -> Result<(), Error> {
+        for BootRange { bytes, nid } in ranges {
+            self.check_node(*nid)?;
+            let size = bytes.end.saturating_sub(bytes.start);
+            let range = self.addressable(bytes.start, size)?;
+            let flags = ResourceFlags::RESERVED;
+            self.resources.claim(range, "Soft Reserved", flags)?;
+        }
+        Ok(())
     }
 
     /// Resources, sections and metadata of a range.

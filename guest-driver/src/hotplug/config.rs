@@ -1,6 +1,6 @@
 //! What a kernel is built and booted with.
 
-use super::memmap::{MemmapOnMemory, MemmapRule};
+use super::memmap::{MemmapOnMemory, MemmapRule, memmap_pages};
 use super::online_type::OnlineType;
 use super::zone_rules::ZoneRules;
 use super::{Error, Profile};
@@ -64,6 +64,9 @@ pub struct Config {
     /// Bytes of metadata that each page is charged in kernel memory: 64 in Linux. With 0, metadata is on somebody's heap,
     /// and no page of this memory is taken for it; where memory holds its own metadata, that is still of Linux's size.
     pub struct_page_size: u32,
+    /// Whether memory that firmware calls special purpose is left to its drivers (Linux: `EFI_SOFT_RESERVE`, off with
+    /// the boot parameter `efi=nosoftreserve`); else it is RAM like any other.
+    pub soft_reserve: bool,
     /// Number of nodes that can ever be.
     pub possible_nodes: u32,
 }
@@ -84,8 +87,16 @@ impl Config {
             zone_rules: ZoneRules::Since4_14,
             hot_remove: true,
             struct_page_size: 0,
+            soft_reserve: true,
             possible_nodes: 1,
         }
+    }
+
+    /// Pages of kernel memory the metadata of `size` bytes of memory takes, unless the memory holds it itself: of
+    /// 256 GiB at 4 KiB a page and 64 bytes of metadata for each, 4 GiB.
+    #[must_use]
+    pub fn metadata_pages(&self, size: u64) -> u64 {
+        memmap_pages(&self.profile, self.struct_page_size, size)
     }
 
     /// Bytes of metadata of each page in memory that holds its own.
@@ -96,8 +107,8 @@ impl Config {
         }
     }
 
-    /// Applies Linux's boot parameters: `memhp_default_state`, `movable_node` and those of `memory_hotplug.`; others
-    /// are not ours, and wrong values are ignored, as Linux does both.
+    /// Applies Linux's boot parameters: `memhp_default_state`, `movable_node`, `efi=nosoftreserve` and those of
+    /// `memory_hotplug.`; others are not ours, and wrong values are ignored, as Linux does both.
     pub fn apply_command_line(&mut self, command_line: &str) {
         for word in command_line.split_ascii_whitespace() {
             match word.split_once('=') {
@@ -106,6 +117,9 @@ impl Config {
                     if let Ok(online_type) = OnlineType::parse_default(state) {
                         self.default_online_type = online_type;
                     }
+                }
+                Some(("efi", options)) => {
+                    self.soft_reserve &= !options.split(',').any(|o| o == "nosoftreserve");
                 }
                 Some((name, value)) => {
                     if let Some(name) = name.strip_prefix("memory_hotplug.") {

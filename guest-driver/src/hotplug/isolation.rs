@@ -194,7 +194,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
     pub fn fake_offline(&mut self, start: u64, size: u64) -> Result<(), Error> {
         let pageblocks = self.pageblocks(start, size)?;
         if self.state_of(&pageblocks)? == BlockState::Offline {
-            if self.any_withheld(&pageblocks, true) {
+            if self.any_withheld(&pageblocks, true) || self.any_self_hosted(&pageblocks) {
                 return Err(Error::Busy);
             }
             self.set_withheld(pageblocks, true);
@@ -236,6 +236,17 @@ impl<M: PhysicalMemory> Hotplug<M> {
             let memmap = self.sections.get(&number).and_then(|s| s.memmap.as_ref());
             // Boot memory may have holes: whatever they are asked to be, they are not.
             memmap.is_none_or(|memmap| memmap.pageblocks[index].withheld == withheld)
+        })
+    }
+
+    /// Whether any pageblock of the range holds the metadata of its memory block, or will when that is online.
+    fn any_self_hosted(&self, pageblocks: &Range<u64>) -> bool {
+        let first = self.block_of_pageblock(pageblocks.start);
+        let last = self.block_of_pageblock(pageblocks.end - 1);
+        self.blocks.range(first..=last).any(|(id, block)| {
+            let pages = self.pages_of_block(*id);
+            let end = self.pageblock_of(pages.start + block.memmap_pages);
+            pageblocks.start < end && self.pageblock_of(pages.start) < end.min(pageblocks.end)
         })
     }
 

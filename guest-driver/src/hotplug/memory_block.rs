@@ -20,7 +20,7 @@ use super::node::ZoneId;
 use super::notifier::{MemoryAction, MemoryEvent};
 use super::online_type::OnlineType;
 use super::page::{Memmap, Page};
-use super::resource::Owner;
+use super::resource::{Owner, is_driver_managed};
 use super::section::{Section, sub_sections_by_section};
 use super::uevent::UeventAction;
 use super::zone::ZoneKind;
@@ -119,7 +119,8 @@ pub struct AddMemory<'a> {
     pub merge_resource: bool,
     /// Its metadata may live in itself (Linux: `MHP_MEMMAP_ON_MEMORY`): a hint, but under
     /// [`MemmapRule::SingleBlock`](super::MemmapRule::SingleBlock) an error where
-    /// [`supports_memmap_on_memory`](Hotplug::supports_memmap_on_memory) says no.
+    /// [`supports_memmap_on_memory`](Hotplug::supports_memmap_on_memory) says no. Not heard where part of the memory is
+    /// withheld, as metadata always has to be there.
     pub memmap_on_memory: bool,
     /// The bytes of it, whole pageblocks, that are kept from the allocator when it goes online, see
     /// [`Hotplug::fake_offline`].
@@ -149,11 +150,12 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// In Linux's order: [`Error::Invalid`] for an empty range or a wrong name, [`Error::TooBig`] beyond what can be
+    /// In Linux's order: [`Error::Invalid`] for a wrong name or an empty range, [`Error::TooBig`] beyond what can be
     /// addressed, [`Error::Exists`] if any part is there already, [`Error::Invalid`] unless the range is made of whole
     /// memory blocks, and for an unknown group or node, [`Error::NoMemory`] if the metadata fits neither into the
     /// heap nor, where it is charged, into kernel memory.
     pub fn add_memory(&mut self, request: &AddMemory<'_>) -> Result<(), Error> {
+        is_driver_managed(request.resource_name)?;
         let range = self.addressable(request.start, request.size)?;
         self.faults.reach(Step::Resource)?;
         self.resources
@@ -205,7 +207,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
         self.faults.reach(Step::Node)?;
         self.faults.reach(Step::Mapping)?;
-        let memmap_pages = match request.memmap_on_memory {
+        let memmap_pages = match request.memmap_on_memory && withheld.is_empty() {
             true => memmap::self_hosted_pages(
                 &profile,
                 self.config.self_hosted_page_size(),
@@ -295,8 +297,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         nid: u32,
         size: u64,
     ) -> Result<Vec<super::PageHandle>, Error> {
-        let config = &self.config;
-        let needed = memmap::memmap_pages(&config.profile, config.struct_page_size, size);
+        let needed = self.config.metadata_pages(size);
         let mut charged = Vec::new();
         for _ in 0..needed {
             match self.allocate_on(nid, Mobility::Unmovable) {
@@ -629,14 +630,21 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
     }
 
-    /// What notifiers are told of memory block `id`.
+    /// What notifiers are told of memory block `id` before it goes online, before it goes offline, and after.
     pub(super) fn event(&self, id: u64, block: &MemoryBlock, action: MemoryAction) -> MemoryEvent {
         let sections = self.sections_of_block(id);
         let early = sections
             .filter_map(|number| self.sections.get(&number))
             .any(|section| section.early);
+        let present = self.nodes.present_pages(block.nid);
+        let before_it_leaves = matches!(
+            action,
+            MemoryAction::GoingOffline | MemoryAction::CancelOffline
+        );
+        let leaving = if before_it_leaves { block.ram_pages } else { 0 };
         MemoryEvent {
             action,
+            node_changes: present.saturating_sub(leaving) == 0,
             start_pfn: self.pages_of_block(id).start + block.memmap_pages,
             page_count: self.block_pages() - block.memmap_pages,
             nid: block.nid,

@@ -10,9 +10,10 @@
 //! | memory block | `memory_block` | the unit of adding, onlining, offlining, removing |
 //! | zone, node | `node`, `zone_rules`, `zone_choice` | where memory goes when it comes online |
 //! | memory group | `group`, `auto_movable` | memory of one device, and how much of it may be Movable |
-//! | page, pageblock | `page`, `allocator`, `isolation` | what is allocated, and how a range is emptied |
+//! | page, pageblock | `page`, `allocator`, `isolation`, `obstacle` | what is allocated, how a range is emptied, and why not |
 //! | metadata | `memmap` | what it costs, and where it may live |
 //! | notifier, uevent, sysfs | `notifier`, `uevent`, `sysfs` | who hears of it, who asks for it |
+//! | memory of a device as RAM | `kmem` | trimmed to memory blocks, and found again only by its driver |
 //! | device memory | `device_memory` | page frames beside RAM that never come online |
 //! | broken memory | `poison` | |
 //!
@@ -44,10 +45,12 @@ mod group;
 mod handle;
 mod invariants;
 mod isolation;
+mod kmem;
 mod memmap;
 mod memory_block;
 mod node;
 mod notifier;
+mod obstacle;
 mod online_type;
 mod page;
 mod physical_memory;
@@ -70,10 +73,12 @@ pub use fault::{Fault, Step};
 pub use group::{GroupId, GroupKind};
 pub use handle::{Mobility, PageHandle};
 pub use isolation::{Isolation, Migration};
+pub use kmem::{Kmem, KmemDevice};
 pub use memmap::{MemmapOnMemory, MemmapRule};
 pub use memory_block::{AddMemory, BlockInfo, BlockState, Target};
 pub use node::{NodeInfo, ZoneInfo};
 pub use notifier::{MemoryAction, MemoryEvent, MemoryNotifier, NotifierId};
+pub use obstacle::Obstacle;
 pub use online_type::OnlineType;
 pub use physical_memory::PhysicalMemory;
 pub use profile::Profile;

@@ -178,6 +178,11 @@ impl Nodes {
         self.0.entry(nid).or_default()
     }
 
+    pub(super) fn present_pages(&self, nid: u32) -> u64 {
+        let zones = self.0.get(&nid).into_iter().flat_map(|node| &node.zones);
+        zones.map(|zone| zone.present).sum()
+    }
+
     pub(super) fn spans(&self, nid: u32) -> Spans {
         self.0.get(&nid).map(Node::spans).unwrap_or_default()
     }

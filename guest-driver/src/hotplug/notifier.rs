@@ -48,6 +48,8 @@ pub struct MemoryEvent {
     pub page_count: u64,
     /// The node.
     pub nid: u32,
+    /// Whether the node gets its first memory by this, or loses its last (Linux: `status_change_nid`).
+    pub node_changes: bool,
     /// Whether part of it was there at boot.
     pub early: bool,
 }

@@ -12,10 +12,13 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoAddress`] if it is not online RAM, [`Error::Busy`] if it is pinned or its user cannot do without it.
-    /// A page that is poisoned already is no error.
+    /// [`Error::NoAddress`] if it is not online RAM, [`Error::HwPoison`] if it is poisoned already, [`Error::Busy`] if it
+    /// is pinned or its user cannot do without it (Linux counts such a page nevertheless).
     pub fn hard_offline_page(&mut self, address: u64) -> Result<(), Error> {
-        self.poison(address, |hotplug, pfn, handle| {
+        if self.page_at(address) == Some(Page::Poisoned) {
+            return Err(Error::HwPoison);
+        }
+        self.poison(address, Error::Busy, |hotplug, pfn, handle| {
             if hotplug.handles.by_index(handle).is_pinned() {
                 return Err(Error::Busy);
             }
@@ -29,9 +32,18 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// Those of [`hard_offline_page`](Self::hard_offline_page), and [`Error::NoMemory`] if there is no page to move it to.
+    /// [`Error::NoAddress`] if it has no metadata, [`Error::Io`] if it is not online RAM or its user cannot do without it,
+    /// [`Error::Busy`] if it is pinned, [`Error::NoMemory`] if there is no page to move it to. A page that is poisoned
+    /// already is no error.
     pub fn soft_offline_page(&mut self, address: u64) -> Result<(), Error> {
-        self.poison(address, |hotplug, pfn, handle| {
+        let pfn = address >> self.config.profile.page_shift;
+        if self.pfn_valid(pfn) && self.page_at(address).is_none() {
+            return Err(Error::Io);
+        }
+        self.poison(address, Error::Io, |hotplug, pfn, handle| {
+            if hotplug.handles.by_index(handle).mobility() == Mobility::Unmovable {
+                return Err(Error::Io);
+            }
             // It must not become free in between.
             let to = hotplug.migrate_away(pfn, handle)?.ok_or(Error::Busy)?;
             hotplug.handles.move_to(handle, to);
@@ -43,20 +55,16 @@ impl<M: PhysicalMemory> Hotplug<M> {
     fn poison(
         &mut self,
         address: u64,
+        unhandled: Error,
         detach: impl FnOnce(&mut Self, u64, u32) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let pfn = address >> self.config.profile.page_shift;
-        if !self.pfn_is_online(pfn) {
-            return Err(Error::NoAddress);
-        }
-        let (memmap, _) = self.present(self.pageblock_of(pfn));
-        let (_, page) = self.locate_page(pfn);
-        match memmap.page(page) {
+        match self.page_at(address).ok_or(Error::NoAddress)? {
             Page::Poisoned => return Ok(()),
             Page::Free { .. } => self.retire(pfn),
             Page::Held { handle } => detach(self, pfn, handle)?,
             Page::Absent => return Err(Error::NoAddress),
-            Page::Withheld | Page::Reserved | Page::Memmap => return Err(Error::Busy),
+            Page::Withheld | Page::Reserved | Page::Memmap => return Err(unhandled),
         }
         let id = self.block_of_pfn(pfn);
         if let Some(block) = self.blocks.get_mut(&id) {
@@ -64,6 +72,16 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
         self.poisoned_pages += 1;
         Ok(())
+    }
+
+    /// What a page of online RAM is used for.
+    fn page_at(&self, address: u64) -> Option<Page> {
+        let pfn = address >> self.config.profile.page_shift;
+        self.pfn_is_online(pfn).then(|| {
+            let (memmap, _) = self.present(self.pageblock_of(pfn));
+            let (_, page) = self.locate_page(pfn);
+            memmap.page(page)
+        })
     }
 
     /// Takes a page without a handle out of use.

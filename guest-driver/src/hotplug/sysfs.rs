@@ -67,7 +67,12 @@ impl<M: PhysicalMemory> Hotplug<M> {
     pub fn write(&mut self, file: &str, text: &str) -> Result<(), Error> {
         let line = text.strip_suffix('\n').unwrap_or(text);
         if let Some(name) = file.strip_prefix("parameters/") {
-            return self.config.set_parameter(name, line);
+            let done = self.config.set_parameter(name, line);
+            // Whether there is such a file, and it can be written, does not depend on the text.
+            return match done {
+                Err(Error::Invalid) if text.is_empty() => Ok(()),
+                done => done,
+            };
         }
         if let Some((id, name)) = self.block_file(file) {
             return self.write_block_file(id, name, text, line);

@@ -107,10 +107,7 @@ impl ResourceTree {
     /// [`Error::Exists`] if the range overlaps another resource that is busy or does not contain it;
     /// [`Error::NoMemory`] if the heap is exhausted.
     pub fn add_ram(&mut self, range: Range<u64>, name: &str, owner: Owner) -> Result<(), Error> {
-        let driver_managed = name != SYSTEM_RAM;
-        if driver_managed && !(name.starts_with("System RAM (") && name.ends_with(')')) {
-            return Err(Error::Invalid);
-        }
+        let driver_managed = is_driver_managed(name)?;
         let flags = ResourceFlags {
             driver_managed,
             system_ram: true,
@@ -288,6 +285,19 @@ impl ResourceTree {
             let next = self.resources.remove(index + 1);
             self.resources[index].range.end = next.range.end;
         }
+    }
+}
+
+/// Whether memory of this name is driver managed.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] unless the name is `System RAM` or `System RAM (…)`.
+pub(super) fn is_driver_managed(name: &str) -> Result<bool, Error> {
+    let by_a_driver = name.starts_with("System RAM (") && name.ends_with(')');
+    match name == SYSTEM_RAM || by_a_driver {
+        true => Ok(by_a_driver),
+        false => Err(Error::Invalid),
     }
 }
 

@@ -1,0 +1,207 @@
+//! Recorded traces of real kernels, run through the model of memory hotplug.
+//!
+//! A trace has what was done to a kernel and what was seen after each step. The same is done to
+//! [`Hotplug`](virtio_mem_driver::hotplug::Hotplug), and everything that was seen must be what the model says: results,
+//! states, zones, spans, counters, uevents, nodes, resources. The first difference ends the replay.
+//!
+//! Taken from the trace, because it depends on where the kernel keeps its own pages: which attempts to empty a memory
+//! block failed or went on for ever ([`Inputs`]), and how many pages at boot are in use for ever.
+//!
+//! | to find | look at |
+//! |---|---|
+//! | the files | `trace.rs`, `step.rs` |
+//! | the state at boot | `boot.rs` |
+//! | what is done to the model, and what it is told | `guest.rs`, `inputs.rs` |
+//! | how ACPI ejects a DIMM | `eject.rs` |
+//! | the recorded shell scripts | `shell.rs` |
+//! | what is compared | `compare.rs` |
+//! | the map of blocks and zones | `show.rs` |
+
+mod boot;
+mod compare;
+mod eject;
+mod guest;
+mod inputs;
+mod shell;
+mod show;
+mod snapshot;
+mod step;
+mod trace;
+
+use std::path::Path;
+
+use serde::Serialize;
+use thiserror::Error;
+use virtio_mem_driver::hotplug::Error as HotplugError;
+
+pub use compare::Difference;
+pub use inputs::Inputs;
+pub use trace::{Trace, TraceError};
+
+use compare::{Comparison, Mismatch};
+use guest::Guest;
+use step::Step;
+
+/// Why a file cannot be replayed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ReplayError {
+    /// It is not a trace, or not one that can be replayed.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// The model does not boot with this memory.
+    #[error("the model does not boot: {error}")]
+    Boot {
+        /// What the model says.
+        error: HotplugError,
+    },
+    /// What the step asks for cannot be done.
+    #[error("step {step} ({operation}): {what}")]
+    Step {
+        /// Number of the step, from 0.
+        step: usize,
+        /// What was done.
+        operation: String,
+        /// What is wrong with it.
+        what: String,
+    },
+}
+
+/// What came of a replay.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Summary {
+    /// Steps that agree.
+    pub steps: usize,
+    /// Values compared.
+    pub comparisons: u64,
+    /// What was taken from the trace.
+    pub inputs: Inputs,
+    /// Where recording and model part, if they do.
+    pub difference: Option<Difference>,
+}
+
+/// Replays a file. `show` gets a map of blocks and zones at boot, and after each step that changes it.
+///
+/// # Errors
+///
+/// [`ReplayError`] if the file cannot be replayed; that model and recording differ is not an error but the result.
+pub fn replay_file(path: &Path, show: &mut dyn FnMut(&str)) -> Result<Summary, ReplayError> {
+    replay(&Trace::load(path)?, show)
+}
+
+/// Replays a trace, like [`replay_file`].
+///
+/// # Errors
+///
+/// [`ReplayError`] if the trace cannot be replayed.
+pub fn replay(trace: &Trace, show: &mut dyn FnMut(&str)) -> Result<Summary, ReplayError> {
+    let mut plan = boot::Plan::new(trace)?;
+    // What the model, booted with all pages free, has too much, is what the kernel uses for ever.
+    let empty = Guest::boot(&plan)?.snapshot();
+    plan.reserve(trace, &empty);
+    let mut guest = Guest::boot(&plan)?;
+    let comparison = Comparison::new(&trace.boot, plan.boot_blocks(), &trace.steps);
+    let mut replay = Replay {
+        comparison,
+        shown: String::new(),
+        show,
+        block_pages: plan.block_pages(),
+    };
+    let mut steps = 0;
+    let difference = replay.run(trace, &mut guest, &mut steps)?;
+    Ok(Summary {
+        steps,
+        comparisons: replay.comparison.count,
+        inputs: guest.inputs,
+        difference,
+    })
+}
+
+struct Replay<'a> {
+    comparison: Comparison<'a>,
+    /// The map as it was shown last.
+    shown: String,
+    show: &'a mut dyn FnMut(&str),
+    block_pages: u64,
+}
+
+impl Replay<'_> {
+    fn run(
+        &mut self,
+        trace: &Trace,
+        guest: &mut Guest,
+        steps: &mut usize,
+    ) -> Result<Option<Difference>, ReplayError> {
+        if let Err(mismatch) = self.boot(trace, guest) {
+            return Ok(Some(mismatch.at(None, "boot")));
+        }
+        for (index, step) in trace.steps.iter().enumerate() {
+            let compared = self
+                .step(index, step, guest)
+                .map_err(|what| ReplayError::Step {
+                    step: index,
+                    operation: step.label.clone(),
+                    what,
+                })?;
+            if let Err(mismatch) = compared {
+                return Ok(Some(mismatch.at(Some(index), &step.label)));
+            }
+            *steps += 1;
+        }
+        for (name, expected) in &trace.params_at_end {
+            let got = guest.read(&format!("parameters/{name}"));
+            if let Err(mismatch) = self.comparison.value(name, "value", expected, &got) {
+                return Ok(Some(mismatch.at(None, "parameters at the end")));
+            }
+        }
+        Ok(None)
+    }
+
+    fn boot(&mut self, trace: &Trace, guest: &mut Guest) -> Result<(), Mismatch> {
+        // Init has set it after boot, so DIMMs found at boot do not know of it.
+        let policy = &trace.boot.auto_online_blocks;
+        if guest.set("auto_online_blocks", policy).is_err() {
+            let known = "a way to bring memory online".to_owned();
+            self.comparison
+                .value("auto_online_blocks", "text", policy, &known)?;
+        }
+        for (name, expected) in &trace.boot.memory_hotplug_params {
+            let got = guest.read(&format!("parameters/{name}"));
+            self.comparison.value(name, "value", expected, &got)?;
+        }
+        let snapshot = guest.snapshot();
+        self.show("boot", &snapshot);
+        self.comparison.boot(&snapshot)
+    }
+
+    fn step(
+        &mut self,
+        index: usize,
+        step: &Step,
+        guest: &mut Guest,
+    ) -> Result<Result<(), Mismatch>, String> {
+        let (outcome, checks) = guest.perform(step)?;
+        let snapshot = guest.snapshot();
+        self.show(&format!("step {index}: {}", step.label), &snapshot);
+        let uevents = guest.take_uevents();
+        let comparison = &mut self.comparison;
+        let mut compare = || {
+            if let (Some(recorded), Some(got)) = (&step.result, &outcome) {
+                comparison.value("result", "", recorded, got)?;
+            }
+            for check in &checks {
+                comparison.value(&check.subject, check.field, &check.expected, &check.got)?;
+            }
+            comparison.step(step, &snapshot, &uevents)
+        };
+        Ok(compare())
+    }
+
+    fn show(&mut self, operation: &str, snapshot: &snapshot::Snapshot) {
+        let map = show::render(snapshot, self.block_pages);
+        if map != self.shown {
+            (self.show)(&format!("{operation}\n{map}"));
+            self.shown = map;
+        }
+    }
+}
