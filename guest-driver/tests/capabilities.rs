@@ -8,7 +8,11 @@
 //! | S4 | the sysfs files, and the zones a memory block may go to |
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
+#[path = "capabilities/s0.rs"]
+mod s0;
 #[path = "capabilities/s2.rs"]
 mod s2;
+#[path = "capabilities/s3.rs"]
+mod s3;
 #[path = "capabilities/support.rs"]
 mod support;

@@ -110,9 +110,15 @@ impl<M: PhysicalMemory> Hotplug<M> {
         let size = bytes.end.checked_sub(bytes.start).ok_or(Error::Invalid)?;
         let bytes = self.addressable(bytes.start, size)?;
         self.resources.add_boot_ram(bytes.clone())?;
-        // A sub-section has memory if any page of it has.
-        let shift = profile.sub_section_shift;
-        let touched = (bytes.start >> shift) << shift..(((bytes.end - 1) >> shift) + 1) << shift;
+        // A sub-section has memory if any whole page of it has.
+        let pages = self.whole_pages(&bytes);
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let pages_per_sub_section = u64::from(profile.pages_per_sub_section());
+        let first = pages.start / pages_per_sub_section;
+        let end = pages.end.div_ceil(pages_per_sub_section);
+        let touched = first << profile.sub_section_shift..end << profile.sub_section_shift;
         for (number, active) in sub_sections_by_section(&profile, touched) {
             let section = match self.sections.get_mut(&number) {
                 Some(section) => section,

@@ -6,16 +6,18 @@
 //!   System RAM    hole    namespaces A, B, C: any 2 MiB boundaries, in any order, each removed alone
 //! ```
 //!
-//! Nothing of it is a memory block, and nothing of it comes online; RAM cannot be added at this granularity. A range that
-//! shares a section with RAM uses the metadata the section has; any other has metadata of its own, which is charged.
+//! Nothing of it is a memory block, and nothing of it comes online; RAM cannot be added at this granularity. What
+//! shares a section with boot memory uses the metadata the section has; the rest has metadata of its own, in kernel
+//! memory or, where that would be too much, at the start of the range itself.
 
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::ops::Range;
 
+use super::memmap::memmap_pages;
 use super::resource::{Intersection, ResourceFlags};
-use super::section::sub_sections_by_section;
+use super::section::{SubSections, sub_sections_by_section};
 use super::{Error, Hotplug, PageHandle, PhysicalMemory, Step};
 
 /// What device memory is for (Linux: `enum memory_type`).
@@ -32,6 +34,11 @@ pub enum DeviceKind {
 }
 
 /// A range of device memory.
+///
+/// ```text
+///  bytes.start                                        bytes.end
+///  |<-- altmap -->|<------------- usable -------------->|
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceRange {
     /// Its bytes, whole sub-sections.
@@ -40,9 +47,29 @@ pub struct DeviceRange {
     pub nid: u32,
     /// What it is for.
     pub kind: DeviceKind,
+    /// Bytes at its start, whole pages, set aside for its own metadata, so that kernel memory is not charged (Linux:
+    /// `vmem_altmap`); with 0 it is.
+    pub altmap: u64,
 }
 
 impl DeviceRange {
+    /// A range of node 0 whose metadata is in kernel memory.
+    #[must_use]
+    pub const fn new(bytes: Range<u64>, kind: DeviceKind) -> Self {
+        Self {
+            bytes,
+            nid: 0,
+            kind,
+            altmap: 0,
+        }
+    }
+
+    /// The bytes that are left for its user.
+    #[must_use]
+    pub const fn usable(&self) -> Range<u64> {
+        self.bytes.start.saturating_add(self.altmap)..self.bytes.end
+    }
+
     /// Whether the kernel maps it.
     #[must_use]
     pub fn is_mapped(&self) -> bool {
@@ -51,9 +78,9 @@ impl DeviceRange {
 }
 
 #[derive(Debug)]
-struct Entry {
-    range: DeviceRange,
-    name: Box<str>,
+pub(super) struct Entry {
+    pub(super) range: DeviceRange,
+    pub(super) name: Box<str>,
     charged: Vec<PageHandle>,
 }
 
@@ -62,6 +89,17 @@ struct Entry {
 pub(super) struct DeviceRanges(BTreeMap<u64, Entry>);
 
 impl DeviceRanges {
+    /// All of them, ascending.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.0.values()
+    }
+
+    /// Whether one of them has this resource.
+    pub(super) fn have_claimed(&self, bytes: &Range<u64>, name: &str) -> bool {
+        let entry = self.0.get(&bytes.start);
+        entry.is_some_and(|entry| entry.range.bytes == *bytes && &*entry.name == name)
+    }
+
     fn at(&self, address: u64) -> Option<&Entry> {
         let (_, entry) = self.0.range(..=address).next_back()?;
         entry.range.bytes.contains(&address).then_some(entry)
@@ -75,9 +113,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// In Linux's order: [`Error::NoMemory`] if the first or the last page is device memory already,
     /// [`Error::NoAddress`] if any part is System RAM, [`Error::Invalid`] if the range is empty, cannot be addressed, or
-    /// is not made of whole sub-sections; [`Error::Exists`] if a sub-section in between is taken, [`Error::Busy`] if the
-    /// resource is, [`Error::NoMemory`] if the metadata fits neither into the heap nor, where it is charged, into kernel
-    /// memory. Nothing has changed then.
+    /// is not made of whole sub-sections, or the bytes set aside are not whole pages of it, or nobody could reach them;
+    /// [`Error::Exists`] if a sub-section in between is taken, [`Error::Busy`] if the resource is, [`Error::NoMemory`]
+    /// if the metadata fits neither into the heap nor to where it is to be. Nothing has changed then.
     pub fn add_device_memory(&mut self, range: DeviceRange, name: &str) -> Result<(), Error> {
         let bytes = range.bytes.clone();
         let size = bytes.end.checked_sub(bytes.start).ok_or(Error::Invalid)?;
@@ -96,7 +134,14 @@ impl<M: PhysicalMemory> Hotplug<M> {
             .map_err(too_big_is_invalid_here)?;
         self.units(bytes.start, size, self.config.profile.sub_section_shift)?;
         self.possible(range.nid)?;
-        self.faults.reach(Step::Mapping)?;
+        let whole_pages = range.altmap.is_multiple_of(self.config.profile.page_size());
+        let reachable = range.altmap == 0 || range.is_mapped();
+        if range.altmap > size || !whole_pages || !reachable {
+            return Err(Error::Invalid);
+        }
+        if range.is_mapped() {
+            self.faults.reach(Step::Mapping)?;
+        }
         self.check_inactive(&bytes)?;
         self.faults.reach(Step::Resource)?;
         self.resources
@@ -163,14 +208,18 @@ impl<M: PhysicalMemory> Hotplug<M> {
 
     /// Nothing in here can fail.
     fn activate(&mut self, bytes: &Range<u64>) {
-        for (number, range) in sub_sections_by_section(&self.config.profile, bytes.clone()) {
+        let profile = &self.config.profile;
+        let whole = SubSections::of(0..profile.sub_sections_per_section());
+        for (number, range) in sub_sections_by_section(profile, bytes.clone()) {
             let section = self.sections.entry(number).or_default();
-            section.device = true;
             section.active = section.active.union(range);
+            // Nothing else can ever share a section it fills.
+            section.device_taint |= range != whole;
         }
     }
 
-    /// Charges the metadata of what lies in sections that have none of their own.
+    /// Charges the metadata of what lies in sections that have none of their own; what the range holds itself only has
+    /// to fit.
     fn charge_device_range(&mut self, range: &DeviceRange) -> Result<Vec<PageHandle>, Error> {
         let profile = self.config.profile;
         let sections = sub_sections_by_section(&profile, range.bytes.clone());
@@ -181,7 +230,15 @@ impl<M: PhysicalMemory> Hotplug<M> {
         let sub_sections: u64 = without_metadata
             .map(|(_, range)| u64::from(range.count()))
             .sum();
-        self.charge_metadata(range.nid, sub_sections << profile.sub_section_shift)
+        let size = sub_sections << profile.sub_section_shift;
+        if range.altmap == 0 {
+            return self.charge_metadata(range.nid, size);
+        }
+        let needed = memmap_pages(&profile, self.config.self_hosted_page_size(), size);
+        match needed <= range.altmap >> profile.page_shift {
+            true => Ok(Vec::new()),
+            false => Err(Error::NoMemory),
+        }
     }
 }
 

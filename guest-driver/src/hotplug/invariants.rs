@@ -4,6 +4,7 @@ use alloc::collections::BTreeMap;
 
 use super::node::{Share, Zone};
 use super::page::Page;
+use super::section::{SubSections, sub_sections_by_section};
 use super::{BlockState, Hotplug};
 
 impl<M> Hotplug<M> {
@@ -20,6 +21,7 @@ impl<M> Hotplug<M> {
     /// | 7 | memory blocks, sections, resources and nodes agree |
     /// | 8 | counters of pageblocks, zones, groups, nodes and poisoned pages = a recount |
     /// | 9 | each allocated page has one handle, which names it |
+    /// | 10 | active sub-sections = those of System RAM and those of device memory |
     ///
     /// # Errors
     ///
@@ -54,6 +56,10 @@ impl<M> Hotplug<M> {
                     ensure(block.early, "a memory block without its sections")?;
                     continue;
                 };
+                if block.early && section.memmap.is_none() {
+                    // Device memory beside the sections that were there at boot.
+                    continue;
+                }
                 ram_sections += 1;
                 ensure(
                     section.online == online,
@@ -174,6 +180,7 @@ impl<M> Hotplug<M> {
             self.sections.len() == ram_sections + device_only.count(),
             "a section without a memory block",
         )?;
+        self.check_sub_sections()?;
         for (id, zone) in self.nodes.zones() {
             let recount = zones
                 .remove(&(id.nid, id.kind as usize))
@@ -220,6 +227,57 @@ impl<M> Hotplug<M> {
             held == self.handles.count(),
             "a handle without a page, or a page without a handle",
         )
+    }
+
+    /// The sub-sections that have memory are those of System RAM and those of device memory.
+    fn check_sub_sections(&self) -> Result<(), &'static str> {
+        let profile = &self.config.profile;
+        let count = profile.sub_sections_per_section();
+        let whole = SubSections::of(0..count);
+        let mut of_devices: BTreeMap<u64, SubSections> = BTreeMap::new();
+        for entry in self.device_ranges.iter() {
+            let bytes = entry.range.bytes.clone();
+            ensure(
+                self.resources.intersects(bytes.clone()) == super::Intersection::Disjoint,
+                "device memory in System RAM",
+            )?;
+            let claimed = |r: &super::Resource| r.range() == bytes && r.name() == &*entry.name;
+            ensure(
+                self.resources.iomem().any(claimed),
+                "device memory without its resource",
+            )?;
+            for (number, range) in sub_sections_by_section(profile, bytes) {
+                let others = of_devices.entry(number).or_default();
+                ensure(!others.intersects(range), "device memory twice")?;
+                *others = others.union(range);
+                let section = self.sections.get(&number);
+                ensure(
+                    section.is_some_and(|s| s.active.contains_all(range)),
+                    "device memory without metadata",
+                )?;
+                ensure(
+                    range == whole || section.is_some_and(|s| s.device_taint),
+                    "a section that does not know of its device memory",
+                )?;
+            }
+        }
+        for (number, section) in &self.sections {
+            ensure(!section.active.is_empty(), "a section without memory")?;
+            let device = of_devices.remove(number).unwrap_or_default();
+            for index in 0..count {
+                let active = section.active.contains(index);
+                let ram = section.memmap.as_ref().is_some_and(|memmap| {
+                    let pages = profile.pages_per_sub_section();
+                    (index * pages..(index + 1) * pages)
+                        .any(|page| memmap.page(page) != Page::Absent)
+                });
+                ensure(
+                    active == (ram || device.contains(index)),
+                    "a sub-section that has memory is not active, or the other way round",
+                )?;
+            }
+        }
+        Ok(())
     }
 
     fn first_pageblock(&self, section: u64) -> u64 {

@@ -232,8 +232,10 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// Whether any pageblock of the range is, or is not, withheld.
     fn any_withheld(&self, pageblocks: &Range<u64>, withheld: bool) -> bool {
         pageblocks.clone().any(|pageblock| {
-            let (memmap, index) = self.present(pageblock);
-            memmap.pageblocks[index].withheld == withheld
+            let (number, index) = self.locate(pageblock);
+            let memmap = self.sections.get(&number).and_then(|s| s.memmap.as_ref());
+            // Boot memory may have holes: whatever they are asked to be, they are not.
+            memmap.is_none_or(|memmap| memmap.pageblocks[index].withheld == withheld)
         })
     }
 

@@ -83,7 +83,7 @@ pub use online_type::OnlineType;
 pub use physical_memory::PhysicalMemory;
 pub use profile::Profile;
 pub use resource::{FirmwareMap, Intersection, Owner, Resource, ResourceFlags, ResourceTree};
-pub use section::SectionInfo;
+pub use section::{SectionInfo, SubSections};
 pub use snapshot::Snapshot;
 pub use uevent::{Uevent, UeventAction};
 pub use zone::ZoneKind;
@@ -225,9 +225,12 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// Those of [`ResourceTree::release`].
+    /// Those of [`ResourceTree::release`], and [`Error::Busy`] for device memory, which gives it up itself.
     pub fn release_resource(&mut self, range: Range<u64>, name: &str) -> Result<(), Error> {
-        self.resources.release(range, name)
+        match self.device_ranges.have_claimed(&range, name) {
+            true => Err(Error::Busy),
+            false => self.resources.release(range, name),
+        }
     }
 
     /// Forgets a group.

@@ -289,6 +289,10 @@ pub struct NodeInfo {
     pub has_memory: bool,
     /// It has online memory in a kernel zone (Linux: `N_NORMAL_MEMORY`).
     pub has_normal_memory: bool,
+    /// First page frame of the span, which is that of its zones together; `None` while they are empty.
+    pub start_pfn: Option<u64>,
+    /// Pages from the first to the last, with whatever lies between.
+    pub spanned_pages: u64,
 }
 
 impl<M> Hotplug<M> {
@@ -313,6 +317,8 @@ impl<M> Hotplug<M> {
     pub fn nodes(&self) -> impl Iterator<Item = NodeInfo> + '_ {
         self.nodes.0.iter().map(|(nid, node)| {
             let present = |kind: &ZoneKind| node.zone(*kind).present > 0;
+            let spans = node.zones.iter().filter_map(|zone| zone.span.clone());
+            let span = spans.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end));
             NodeInfo {
                 nid: *nid,
                 online: node.is_online(),
@@ -321,6 +327,8 @@ impl<M> Hotplug<M> {
                     .iter()
                     .filter(|kind| kind.is_kernel())
                     .any(present),
+                start_pfn: span.as_ref().map(|span| span.start),
+                spanned_pages: span.map_or(0, |span| span.end - span.start),
             }
         })
     }
@@ -398,8 +406,18 @@ impl<M> Hotplug<M> {
             return None;
         }
         if section.online {
-            let (_, pageblock) = self.locate(self.pageblock_of(pfn));
-            return section.memmap.as_ref()?.pageblocks[pageblock].zone;
+            // A pageblock may be larger than a sub-section, and so shared with device memory; or smaller, and at the
+            // border of boot memory a hole.
+            if section.device_taint && self.is_device_memory(pfn << self.config.profile.page_shift)
+            {
+                return None;
+            }
+            let memmap = section.memmap.as_ref()?;
+            let last = pfn + u64::from(self.config.profile.pages_per_sub_section()) - 1;
+            return [pfn, last].into_iter().find_map(|pfn| {
+                let (_, pageblock) = self.locate(self.pageblock_of(pfn));
+                memmap.pageblocks[pageblock].zone
+            });
         }
         // Only where memory joins a zone when it is added.
         let block = self.blocks.get(&self.block_of_pfn(pfn))?;

@@ -21,9 +21,9 @@ use core::ops::Range;
 use super::page::Memmap;
 use super::{Error, Hotplug, PageHandle, Profile};
 
-/// One bit per sub-section.
+/// A set of sub-sections of one section: one bit for each, 256 at most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct SubSections([u64; 4]);
+pub struct SubSections([u64; 4]);
 
 impl SubSections {
     pub(super) fn of(range: Range<u32>) -> Self {
@@ -34,8 +34,17 @@ impl SubSections {
         bits
     }
 
-    pub(super) fn contains(&self, index: u32) -> bool {
-        self.0[(index / 64) as usize] & (1 << (index % 64)) != 0
+    /// Whether the sub-section with this number, counted from the start of its section, is one of them.
+    #[must_use]
+    pub fn contains(&self, index: u32) -> bool {
+        let word = self.0.get((index / 64) as usize);
+        word.is_some_and(|word| word & (1 << (index % 64)) != 0)
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        self.0.iter().map(|word| word.count_ones()).sum()
     }
 
     pub(super) fn union(self, other: Self) -> Self {
@@ -48,15 +57,11 @@ impl SubSections {
         self.0 == [0; 4]
     }
 
-    pub(super) fn count(&self) -> u32 {
-        self.0.iter().map(|word| word.count_ones()).sum()
-    }
-
-    fn intersects(&self, other: Self) -> bool {
+    pub(super) fn intersects(&self, other: Self) -> bool {
         self.0.iter().zip(other.0).any(|(a, b)| a & b != 0)
     }
 
-    fn contains_all(&self, other: Self) -> bool {
+    pub(super) fn contains_all(&self, other: Self) -> bool {
         self.0.iter().zip(other.0).all(|(a, b)| a & b == b)
     }
 
@@ -80,9 +85,9 @@ pub(super) struct Section {
     pub(super) online: bool,
     /// It was there at boot (Linux: `SECTION_IS_EARLY`).
     pub(super) early: bool,
-    /// Shared with device memory, so that being online says nothing about a single page of it (Linux:
+    /// Has been shared with device memory, so that being online says nothing about a single page of it (Linux:
     /// `SECTION_TAINT_ZONE_DEVICE`).
-    pub(super) device: bool,
+    pub(super) device_taint: bool,
     /// The sub-sections that have memory.
     pub(super) active: SubSections,
     /// Metadata of System RAM; `None` if all of it is device memory.
@@ -137,10 +142,11 @@ pub struct SectionInfo {
     pub online: bool,
     /// It was there at boot.
     pub early: bool,
-    /// It is shared with device memory, or all device memory.
-    pub device: bool,
-    /// Number of sub-sections that have memory.
-    pub active_sub_sections: u32,
+    /// Part of it is, or was, device memory. As in Linux that stays until the section goes: it is only a hint that
+    /// [`pfn_is_online`](Hotplug::pfn_is_online) has to look twice.
+    pub device_taint: bool,
+    /// The sub-sections that have memory.
+    pub active: SubSections,
 }
 
 impl<M> Hotplug<M> {
@@ -150,8 +156,8 @@ impl<M> Hotplug<M> {
             number: *number,
             online: section.online,
             early: section.early,
-            device: section.device,
-            active_sub_sections: section.active.count(),
+            device_taint: section.device_taint,
+            active: section.active,
         })
     }
 
@@ -170,7 +176,8 @@ impl<M> Hotplug<M> {
         self.sections.get(&number).is_some_and(|section| {
             section.online
                 && section.active.contains(index)
-                && !(section.device && self.is_device_memory(pfn << self.config.profile.page_shift))
+                && !(section.device_taint
+                    && self.is_device_memory(pfn << self.config.profile.page_shift))
         })
     }
 

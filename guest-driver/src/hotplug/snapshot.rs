@@ -1,6 +1,6 @@
 //! A comparable copy of the whole state, to see that a failure left no trace.
 
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use super::{BlockInfo, Hotplug, NodeInfo, PageCounts, SectionInfo, ZoneInfo};
@@ -15,7 +15,7 @@ pub struct Snapshot {
     nodes: Vec<NodeInfo>,
     groups: String,
     devices: String,
-    iomem: String,
+    resources: String,
     counts: PageCounts,
     handles: usize,
     poisoned_pages: u64,
@@ -42,7 +42,7 @@ impl<M> Hotplug<M> {
                 .device_memory()
                 .map(|range| alloc::format!("{range:?}\n"))
                 .collect(),
-            iomem: self.resources.to_string(),
+            resources: alloc::format!("{:?}", self.resources),
             counts: self.counts(),
             handles: self.handles.count(),
             poisoned_pages: self.poisoned_pages,

@@ -121,7 +121,7 @@ fn s2_01_memory_block_is_contiguous_frames_with_contiguous_metadata() {
         let frames = 8 * GIB / PAGE..(8 * GIB + size) / PAGE;
         let found: Vec<_> = machine
             .sections()
-            .map(|s| (s.number, s.active_sub_sections))
+            .map(|s| (s.number, s.active.count()))
             .collect();
         let expected: Vec<_> = (64..64 + sections).map(|number| (number, 64)).collect();
         assert_eq!(found, expected, "sections follow each other, all of each");
@@ -586,11 +586,8 @@ fn s2_07_failure_at_any_stage_leaves_no_trace() {
     );
 
     // Device memory goes the same way, without a memory block.
-    let device = DeviceRange {
-        bytes: 16 * GIB + 2 * MIB..16 * GIB + 256 * MIB,
-        nid: 0,
-        kind: DeviceKind::DevDax,
-    };
+    let device_bytes = 16 * GIB + 2 * MIB..16 * GIB + 256 * MIB;
+    let device = DeviceRange::new(device_bytes, DeviceKind::DevDax);
     for (step, skip) in [
         (Step::Mapping, 0),
         (Step::Memmap, 0),
