@@ -25,7 +25,9 @@ use super::section::{Section, sub_sections_by_section};
 use super::uevent::UeventAction;
 use super::zone::ZoneKind;
 use super::zone_rules::{self, ZoneRules};
-use super::{Error, Hotplug, Isolation, Migration, Mobility, PhysicalMemory, Step, memmap};
+use super::{
+    Error, Hotplug, Isolation, Migration, Mobility, PhysicalMemory, Step, memmap, resource,
+};
 
 /// State of a memory block that has been added, as Linux's `memoryN/state` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,6 +156,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// memory blocks, and for an unknown group or node, [`Error::NoMemory`] if the metadata fits neither into the
     /// heap nor, where it is charged, into kernel memory.
     pub fn add_memory(&mut self, request: &AddMemory<'_>) -> Result<(), Error> {
+        resource::check_name(request.resource_name)?;
         let range = self.addressable(request.start, request.size)?;
         self.faults.reach(Step::Resource)?;
         self.resources

@@ -107,10 +107,8 @@ impl ResourceTree {
     /// [`Error::Exists`] if the range overlaps another resource that is busy or does not contain it;
     /// [`Error::NoMemory`] if the heap is exhausted.
     pub fn add_ram(&mut self, range: Range<u64>, name: &str, owner: Owner) -> Result<(), Error> {
+        check_name(name)?;
         let driver_managed = name != SYSTEM_RAM;
-        if driver_managed && !(name.starts_with("System RAM (") && name.ends_with(')')) {
-            return Err(Error::Invalid);
-        }
         let flags = ResourceFlags {
             driver_managed,
             system_ram: true,
@@ -288,6 +286,19 @@ impl ResourceTree {
             let next = self.resources.remove(index + 1);
             self.resources[index].range.end = next.range.end;
         }
+    }
+}
+
+/// Whether System RAM may have this name.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] if it may not.
+pub(super) fn check_name(name: &str) -> Result<(), Error> {
+    let driver_managed = name.starts_with("System RAM (") && name.ends_with(')');
+    match name == SYSTEM_RAM || driver_managed {
+        true => Ok(()),
+        false => Err(Error::Invalid),
     }
 }
 
