@@ -124,7 +124,7 @@ pub struct AddMemory<'a> {
     /// [`supports_memmap_on_memory`](Hotplug::supports_memmap_on_memory) says no.
     pub memmap_on_memory: bool,
     /// The bytes of it, whole pageblocks, that are kept from the allocator when it goes online, see
-    /// [`Hotplug::fake_offline`].
+    /// [`Hotplug::fake_offline`]. What holds metadata is not among them.
     pub withheld: Range<u64>,
 }
 
@@ -262,7 +262,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
             }
         }
         for pageblock in withheld {
-            if blocks.contains(&self.block_of_pageblock(pageblock)) {
+            let added = blocks.contains(&self.block_of_pageblock(pageblock));
+            if added && !self.holds_metadata(pageblock) {
                 self.modify(pageblock, |memmap, index| {
                     memmap.pageblocks[index].withheld = true;
                 });
