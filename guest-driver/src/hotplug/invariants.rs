@@ -54,6 +54,10 @@ impl<M> Hotplug<M> {
                     ensure(block.early, "a memory block without its sections")?;
                     continue;
                 };
+                if section.memmap.is_none() && block.early {
+                    // Device memory in a hole.
+                    continue;
+                }
                 ram_sections += 1;
                 ensure(
                     section.online == online,

@@ -217,7 +217,10 @@ impl<M: PhysicalMemory> Hotplug<M> {
     pub fn fake_online(&mut self, start: u64, size: u64) -> Result<(), Error> {
         let pageblocks = self.pageblocks(start, size)?;
         self.state_of(&pageblocks)?;
-        if !pageblocks.clone().all(|pageblock| self.is_withheld(pageblock)) {
+        if !pageblocks
+            .clone()
+            .all(|pageblock| self.is_withheld(pageblock))
+        {
             return Err(Error::Invalid);
         }
         self.set_withheld(pageblocks, false);

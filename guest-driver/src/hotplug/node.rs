@@ -389,7 +389,9 @@ impl<M> Hotplug<M> {
     fn zone_of_sub_section(&self, pfn: u64) -> Option<ZoneId> {
         let (number, index) = self.sub_section_of_pfn(pfn);
         let section = self.sections.get(&number)?;
-        if !section.active.contains(index) {
+        // A pageblock may have device memory beside its RAM.
+        let device = section.device && self.is_device_memory(pfn << self.config.profile.page_shift);
+        if !section.active.contains(index) || device {
             return None;
         }
         if section.online {
