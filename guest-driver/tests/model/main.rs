@@ -20,6 +20,7 @@ mod memory;
 mod model;
 mod operation;
 mod random;
+mod regressions;
 
 use boot::Layout;
 use generate::Generator;
@@ -63,7 +64,10 @@ struct History {
 impl Drop for History {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("VMEM_SEED={}\n{:#?}", self.seed, self.layout);
+            eprintln!(
+                "VMEM_SEED={}, {}\n{:#?}",
+                self.seed, self.layout.profile_name, self.layout
+            );
             for operation in &self.last {
                 eprintln!("{operation}");
             }
