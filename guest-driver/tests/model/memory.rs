@@ -66,8 +66,10 @@ pub(crate) fn write_tag(machine: &mut Machine, page: PageHandle, tag: u64) {
         .expect("the page is allocated")
         .cast::<u64>();
     for index in marked_words(machine) {
-        // SAFETY: The page is pinned, has more words than this, and nothing else runs.
-        unsafe { first.add(index).write(tag) };
+        // SAFETY: The page has more words than this.
+        let word = unsafe { first.add(index) };
+        // SAFETY: The page is pinned, and nothing else runs.
+        unsafe { word.write(tag) };
     }
     machine.unpin(page).expect("it has just been pinned");
 }
@@ -79,8 +81,10 @@ pub(crate) fn read_tag(machine: &mut Machine, page: PageHandle) -> Option<u64> {
         .expect("the page is allocated")
         .cast::<u64>();
     let [tag, middle, last] = marked_words(machine).map(|index| {
-        // SAFETY: The page is pinned, has more words than this, and nothing else runs.
-        unsafe { first.add(index).read() }
+        // SAFETY: The page has more words than this.
+        let word = unsafe { first.add(index) };
+        // SAFETY: The page is pinned, and nothing else runs.
+        unsafe { word.read() }
     });
     machine.unpin(page).expect("it has just been pinned");
     (tag == middle && tag == last).then_some(tag)

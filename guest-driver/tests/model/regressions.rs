@@ -89,7 +89,7 @@ fn range_in_which_a_page_broke_after_isolation_is_not_taken() {
     let isolation = machine.isolate(32 * BLOCK, 2 * MIB).unwrap();
     machine.hard_offline_page(32 * BLOCK).unwrap();
     assert_eq!(machine.commit(isolation), Err(Error::Busy));
-    assert_eq!(machine.total_pages(), 2 * BLOCK >> 12);
+    assert_eq!(machine.total_pages(), (2 * BLOCK) >> 12);
     machine.check_invariants().unwrap();
 }
 
@@ -137,5 +137,5 @@ fn zone_does_not_shrink_onto_device_memory_in_the_pageblock_of_its_last_page() {
         .zones()
         .find(|zone| zone.kind == ZoneKind::Normal)
         .unwrap();
-    assert_eq!(normal.spanned_pages, 66 * MIB >> 14);
+    assert_eq!(normal.spanned_pages, (66 * MIB) >> 14);
 }

@@ -1,1053 +1,10 @@
-//! The naive model: what the machine must look like, worked out from scratch each time.
-//!
-//! It keeps a record of each memory block, each pageblock and each page that is something else than free, and recounts
-//! everything else. It shares nothing with the core but the names of things. Where pages are is the core's
-//! business: the model takes it from there and checks that they may be there.
+//! What each operation comes to.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
-
-use virtio_mem_driver::hotplug::{
-    BlockState, Boot, Config, DeviceKind, Error, GroupId, MemmapOnMemory, MemmapRule, MemoryAction,
-    Migration, Mobility, OnlinePolicy, OnlineType, Owner, PageHandle, Profile, Step, ZoneKind,
-    ZoneRules,
-};
-
-use crate::operation::{Add, Injected, Operation, Target, Veto};
-
-pub(crate) type Outcome = Result<(), Error>;
-/// A zone of a node.
-pub(crate) type Zone = (u32, ZoneKind);
-
-pub(crate) const KINDS: [ZoneKind; 4] = [
-    ZoneKind::Dma,
-    ZoneKind::Dma32,
-    ZoneKind::Normal,
-    ZoneKind::Movable,
-];
-const NAMES: [&str; 4] = ["DMA", "DMA32", "Normal", "Movable"];
-
-fn name(kind: ZoneKind) -> &'static str {
-    let index = KINDS.iter().position(|each| *each == kind);
-    NAMES[index.expect("not for device memory")]
-}
-
-fn is_kernel(kind: ZoneKind) -> bool {
-    kind != ZoneKind::Movable
-}
-
-fn meet(a: &Range<u64>, b: &Range<u64>) -> bool {
-    a.start.max(b.start) < a.end.min(b.end)
-}
-
-fn contains(outer: &Range<u64>, inner: &Range<u64>) -> bool {
-    outer.start <= inner.start && inner.end <= outer.end
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Block {
-    pub(crate) state: BlockState,
-    pub(crate) nid: u32,
-    pub(crate) zone: Option<ZoneKind>,
-    /// The zone it is in whether online or not, up to Linux 4.12.
-    joined: Option<ZoneKind>,
-    sticky: Option<OnlineType>,
-    /// Place in the list of groups.
-    pub(crate) group: Option<usize>,
-    pub(crate) memmap_pages: u64,
-    pub(crate) poisoned: u32,
-    pub(crate) early: bool,
-    /// Where its metadata is charged: zones and pages.
-    charges: Vec<(Zone, u64)>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Pageblock {
-    zone: Option<Zone>,
-    /// Pages that are no holes.
-    ram: u64,
-    withheld: bool,
-    isolated: bool,
-    cma: bool,
-    memmap: bool,
-    early: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Unusual {
-    Reserved,
-    Poisoned,
-}
-
-/// A page somebody holds.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Held {
-    pub(crate) handle: PageHandle,
-    pub(crate) tag: u64,
-    pub(crate) pins: u32,
-    pub(crate) unmovable: bool,
-    /// `None` if it broke.
-    pub(crate) pfn: Option<u64>,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-struct Ram {
-    bytes: Range<u64>,
-    name: String,
-    mergeable: bool,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Device {
-    pub(crate) bytes: Range<u64>,
-    pub(crate) nid: u32,
-    pub(crate) kind: DeviceKind,
-    charges: Vec<(Zone, u64)>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum GroupKind {
-    Static(u64),
-    Dynamic(u64),
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Group {
-    pub(crate) id: GroupId,
-    live: bool,
-    nid: u32,
-    kind: GroupKind,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Isolation {
-    pageblocks: Range<u64>,
-    /// The block that goes offline; else the pages are taken.
-    block: Option<u64>,
-    passes_left: u32,
-    /// Pinned pages have been met.
-    blocked: bool,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-struct Notifier {
-    priority: i32,
-    /// Its number, or none for the one that protects boot memory.
-    number: Option<usize>,
-}
-
-/// What a notifier was told.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Told {
-    pub(crate) notifier: usize,
-    pub(crate) action: MemoryAction,
-    pub(crate) start_pfn: u64,
-    pub(crate) page_count: u64,
-    pub(crate) nid: u32,
-    pub(crate) early: bool,
-}
-
-/// What the core did, where that depends on which page is where.
-#[derive(Clone, Debug)]
-pub(crate) struct Hint {
-    pub(crate) result: Outcome,
-    pub(crate) fault_hit: bool,
-    /// How many memory blocks went offline.
-    pub(crate) offlined: usize,
-    pub(crate) migration: Option<Migration>,
-    /// Where the pages of an allocation are.
-    pub(crate) allocated: Vec<(PageHandle, u64)>,
-    pub(crate) group: Option<GroupId>,
-    /// Whether it met pinned pages.
-    pub(crate) pinned: bool,
-    /// How many pages an isolation moved.
-    pub(crate) moved: u64,
-}
-
-/// Counters of a zone.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Counts {
-    pub(crate) present: u64,
-    pub(crate) early: u64,
-    pub(crate) managed: u64,
-    pub(crate) free: u64,
-    pub(crate) allocatable: u64,
-    pub(crate) cma: u64,
-    pub(crate) isolated: u64,
-    pub(crate) whole: u64,
-    /// Pages metadata is charged to.
-    pub(crate) charged: u64,
-    /// Allocatable pages that unmovable pages may have.
-    general: u64,
-}
-
-/// What the pages of a pageblock are, but for free ones.
-#[derive(Clone, Copy, Debug, Default)]
-struct Uses {
-    held: u64,
-    unmovable: u64,
-    pinned: u64,
-    reserved: u64,
-    poisoned: u64,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Model {
-    pub(crate) config: Config,
-    profile: Profile,
-    boot_ram: Vec<(Range<u64>, u32)>,
-    regions: Vec<Range<u64>>,
-    cpu_nodes: Vec<u32>,
-    pub(crate) blocks: BTreeMap<u64, Block>,
-    pageblocks: BTreeMap<u64, Pageblock>,
-    unusual: BTreeMap<u64, Unusual>,
-    pub(crate) held: Vec<Held>,
-    spans: BTreeMap<(u32, usize), Range<u64>>,
-    ram: Vec<Ram>,
-    /// Who owns each sub-section of System RAM, but for what is there since boot.
-    owners: BTreeMap<u64, Owner>,
-    pub(crate) devices: Vec<Device>,
-    /// Sections that device memory was in, since they are there.
-    tainted: BTreeSet<u64>,
-    pub(crate) groups: Vec<Group>,
-    pub(crate) isolations: Vec<Isolation>,
-    chain: Vec<Notifier>,
-    notifiers: usize,
-    next_tag: u64,
-}
-
-/// What an operation leaves behind besides the state.
-#[derive(Debug, Default)]
-pub(crate) struct Trail {
-    pub(crate) uevents: Vec<String>,
-    pub(crate) told: Vec<Told>,
-    pub(crate) fault: Option<Injected>,
-    pub(crate) veto: Option<Veto>,
-    /// The injected fault must have come.
-    pub(crate) fault_came: bool,
-    /// Pageblocks that were emptied: pages in them may have moved.
-    pub(crate) emptied: Vec<Range<u64>>,
-    pub(crate) offlined: usize,
-}
-
-impl Trail {
-    fn reach(&mut self, step: Step) -> Outcome {
-        match &mut self.fault {
-            Some(fault) if fault.step == step => {
-                if fault.skip > 0 {
-                    fault.skip -= 1;
-                    return Ok(());
-                }
-                let error = fault.error;
-                self.fault = None;
-                self.fault_came = true;
-                Err(error)
-            }
-            _ => Ok(()),
-        }
-    }
-}
+use super::*;
 
 impl Model {
-    pub(crate) fn new(config: Config, boot: &Boot) -> Self {
-        let profile = config.profile;
-        let mut model = Self {
-            config,
-            profile,
-            boot_ram: Vec::new(),
-            regions: boot.special_purpose.clone(),
-            cpu_nodes: boot.cpu_nodes.clone(),
-            blocks: BTreeMap::new(),
-            pageblocks: BTreeMap::new(),
-            unusual: BTreeMap::new(),
-            held: Vec::new(),
-            spans: BTreeMap::new(),
-            ram: Vec::new(),
-            owners: BTreeMap::new(),
-            devices: Vec::new(),
-            tainted: BTreeSet::new(),
-            groups: Vec::new(),
-            isolations: Vec::new(),
-            chain: Vec::new(),
-            notifiers: 0,
-            next_tag: 1,
-        };
-        if !profile.boot_memory_removable {
-            model.chain.push(Notifier {
-                priority: 0,
-                number: None,
-            });
-        }
-        model.start(boot);
-        model
-    }
-
-    fn start(&mut self, boot: &Boot) {
-        let page = self.page();
-        let mut ram = boot.ram.clone();
-        ram.sort_by_key(|range| range.bytes.start);
-        let limits = |nid: u32, kind: ZoneKind| {
-            let movable = boot.movable_from.iter().find(|(node, _)| *node == nid);
-            let movable = movable.map_or(u64::MAX, |(_, address)| address / page);
-            let dma = (self.profile.dma_end / page).min(movable);
-            let dma32 = (self.profile.dma32_end / page)
-                .clamp(dma, movable.max(dma))
-                .min(movable);
-            match kind {
-                ZoneKind::Dma => 0..dma,
-                ZoneKind::Dma32 => dma..dma32,
-                ZoneKind::Normal => dma.max(dma32)..movable,
-                _ => movable..u64::MAX,
-            }
-        };
-        let mut spans: BTreeMap<(u32, usize), Range<u64>> = BTreeMap::new();
-        for range in &ram {
-            let pages = range.bytes.start.div_ceil(page)..range.bytes.end / page;
-            self.boot_ram.push((pages.clone(), range.nid));
-            self.ram.push(Ram {
-                bytes: range.bytes.clone(),
-                name: "System RAM".into(),
-                mergeable: false,
-            });
-            let section = self.profile.section_size();
-            for number in range.bytes.start / section..(range.bytes.end - 1) / section + 1 {
-                let per_section = section / self.profile.pageblock_size();
-                for pageblock in number * per_section..(number + 1) * per_section {
-                    self.pageblocks.entry(pageblock).or_default().early = true;
-                }
-            }
-        }
-        for (pages, nid) in self.boot_ram.clone() {
-            for (index, kind) in KINDS.into_iter().enumerate() {
-                let limits = limits(nid, kind);
-                if !meet(&limits, &pages) {
-                    continue;
-                }
-                let here = limits.start.max(pages.start)..limits.end.min(pages.end);
-                let per = self.pageblock_pages();
-                for pageblock in here.start / per..(here.end - 1) / per + 1 {
-                    let part =
-                        (pageblock * per).max(here.start)..((pageblock + 1) * per).min(here.end);
-                    let record = self
-                        .pageblocks
-                        .get_mut(&pageblock)
-                        .expect("it has just been made");
-                    assert!(
-                        record.zone.is_none_or(|zone| zone == (nid, kind)),
-                        "a boot this test does not mean"
-                    );
-                    record.zone = Some((nid, kind));
-                    record.ram += part.end - part.start;
-                }
-                // A zone spans all the node has between its limits, holes included.
-                let all = self.boot_ram.iter().filter(|(_, node)| *node == nid);
-                let first = all.clone().map(|(pages, _)| pages.start).min().unwrap_or(0);
-                let end = all.map(|(pages, _)| pages.end).max().unwrap_or(0);
-                spans.insert((nid, index), first.max(limits.start)..end.min(limits.end));
-            }
-        }
-        self.spans = spans;
-        let per_block = self.profile.memory_block_size() / self.profile.pageblock_size();
-        let ids: BTreeSet<u64> = self
-            .pageblocks
-            .keys()
-            .map(|pageblock| pageblock / per_block)
-            .collect();
-        for id in ids {
-            let zones: BTreeSet<(u32, &str)> = self
-                .pageblocks
-                .range(id * per_block..(id + 1) * per_block)
-                .filter_map(|(_, record)| record.zone.map(|(nid, kind)| (nid, name(kind))))
-                .collect();
-            let zone = match zones.first() {
-                Some((_, only)) if zones.len() == 1 => {
-                    KINDS.into_iter().find(|kind| name(*kind) == *only)
-                }
-                _ => None,
-            };
-            let pages = self.pages_of(id);
-            let nid = self
-                .boot_ram
-                .iter()
-                .rev()
-                .find(|(range, _)| meet(range, &pages));
-            let block = Block {
-                state: BlockState::Online,
-                nid: nid.map_or(0, |(_, nid)| *nid),
-                zone,
-                joined: zone.filter(|_| self.config.zone_rules == ZoneRules::UpTo4_12),
-                sticky: None,
-                group: None,
-                memmap_pages: 0,
-                poisoned: 0,
-                early: true,
-                charges: Vec::new(),
-            };
-            self.blocks.insert(id, block);
-        }
-        for range in &boot.cma {
-            let per = self.profile.pageblock_size();
-            for pageblock in range.start / per..range.end / per {
-                self.pageblocks
-                    .get_mut(&pageblock)
-                    .expect("it is in RAM")
-                    .cma = true;
-            }
-        }
-        for range in &boot.reserved {
-            for pfn in range.start / page..(range.end - 1) / page + 1 {
-                if self.is_ram(pfn) {
-                    self.unusual.insert(pfn, Unusual::Reserved);
-                }
-            }
-        }
-    }
-
-    // Sizes.
-
-    pub(crate) fn page(&self) -> u64 {
-        self.profile.page_size()
-    }
-
-    fn block_size(&self) -> u64 {
-        self.profile.memory_block_size()
-    }
-
-    fn pageblock_pages(&self) -> u64 {
-        self.profile.pageblock_size() / self.page()
-    }
-
-    pub(crate) fn pages_of(&self, id: u64) -> Range<u64> {
-        let pages = self.block_size() / self.page();
-        id * pages..(id + 1) * pages
-    }
-
-    fn pageblocks_of(&self, id: u64) -> Range<u64> {
-        let per = self.block_size() / self.profile.pageblock_size();
-        id * per..(id + 1) * per
-    }
-
-    fn block_at(&self, pfn: u64) -> Option<&Block> {
-        self.blocks.get(&(pfn * self.page() / self.block_size()))
-    }
-
-    // What is where.
-
-    fn is_ram(&self, pfn: u64) -> bool {
-        self.block_at(pfn).is_some_and(|block| {
-            !block.early || self.boot_ram.iter().any(|(range, _)| range.contains(&pfn))
-        })
-    }
-
-    fn device_at(&self, address: u64) -> Option<&Device> {
-        self.devices
-            .iter()
-            .find(|device| device.bytes.contains(&address))
-    }
-
-    /// A sub-section that RAM is in, even if it is less than a page of it.
-    fn sub_section_has_ram(&self, number: u64) -> bool {
-        let size = self.profile.sub_section_size();
-        let bytes = number * size..(number + 1) * size;
-        match self.blocks.get(&(bytes.start / self.block_size())) {
-            Some(block) if block.early => self.ram.iter().any(|ram| meet(&ram.bytes, &bytes)),
-            Some(_) => true,
-            None => false,
-        }
-    }
-
-    fn sub_section_is_active(&self, number: u64) -> bool {
-        let size = self.profile.sub_section_size();
-        self.sub_section_has_ram(number) || self.device_at(number * size).is_some()
-    }
-
-    fn is_early_section(&self, number: u64) -> bool {
-        let first = number * self.profile.section_size() / self.profile.pageblock_size();
-        self.pageblocks
-            .get(&first)
-            .is_some_and(|record| record.early)
-    }
-
-    /// Number, online, early, device, active sub-sections of each section.
-    pub(crate) fn sections(&self) -> Vec<(u64, bool, bool, bool, u32)> {
-        let section = self.profile.section_size();
-        let sub_section = self.profile.sub_section_size();
-        let mut numbers: BTreeSet<u64> = self
-            .pageblocks
-            .keys()
-            .map(|pageblock| pageblock * self.profile.pageblock_size() / section)
-            .collect();
-        for device in &self.devices {
-            numbers.extend(device.bytes.start / section..(device.bytes.end - 1) / section + 1);
-        }
-        let describe = |number: u64| {
-            let first = number * section / self.profile.pageblock_size();
-            let is_ram = self.pageblocks.contains_key(&first);
-            let block = self.blocks.get(&(number * section / self.block_size()));
-            let online = is_ram && block.is_some_and(|block| block.state != BlockState::Offline);
-            let subs = number * section / sub_section..(number + 1) * section / sub_section;
-            let active = match block {
-                Some(block) if is_ram && !block.early => subs.end - subs.start,
-                _ => subs.filter(|sub| self.sub_section_is_active(*sub)).count() as u64,
-            };
-            let early = self.is_early_section(number);
-            (
-                number,
-                online,
-                early,
-                self.tainted.contains(&number),
-                active as u32,
-            )
-        };
-        numbers.into_iter().map(describe).collect()
-    }
-
-    pub(crate) fn pfn_valid(&self, pfn: u64) -> bool {
-        let address = pfn * self.page();
-        self.is_early_section(address / self.profile.section_size())
-            || self.sub_section_is_active(address / self.profile.sub_section_size())
-    }
-
-    pub(crate) fn pfn_is_online(&self, pfn: u64) -> bool {
-        let address = pfn * self.page();
-        self.block_at(pfn)
-            .is_some_and(|block| block.state != BlockState::Offline)
-            && self.sub_section_has_ram(address / self.profile.sub_section_size())
-            && self.device_at(address).is_none()
-    }
-
-    fn uses(&self) -> BTreeMap<u64, Uses> {
-        let per = self.pageblock_pages();
-        let mut uses: BTreeMap<u64, Uses> = BTreeMap::new();
-        for page in &self.held {
-            if let Some(pfn) = page.pfn {
-                let uses = uses.entry(pfn / per).or_default();
-                uses.held += 1;
-                uses.unmovable += u64::from(page.unmovable);
-                uses.pinned += u64::from(page.pins > 0);
-            }
-        }
-        for (pfn, what) in &self.unusual {
-            let uses = uses.entry(pfn / per).or_default();
-            match what {
-                Unusual::Reserved => uses.reserved += 1,
-                Unusual::Poisoned => uses.poisoned += 1,
-            }
-        }
-        uses
-    }
-
-    /// Managed pages of a pageblock.
-    fn managed(record: &Pageblock, uses: &Uses) -> u64 {
-        match record.withheld || record.memmap || record.zone.is_none() {
-            true => 0,
-            false => record.ram - uses.reserved,
-        }
-    }
-
-    fn charged(&self) -> BTreeMap<(u32, usize), u64> {
-        let mut charged = BTreeMap::new();
-        let blocks = self.blocks.values().flat_map(|block| &block.charges);
-        for ((nid, kind), pages) in
-            blocks.chain(self.devices.iter().flat_map(|device| &device.charges))
-        {
-            *charged.entry((*nid, *kind as usize)).or_default() += *pages;
-        }
-        charged
-    }
-
-    /// Counts every zone.
-    pub(crate) fn zones(&self) -> BTreeMap<(u32, usize), Counts> {
-        let uses = self.uses();
-        let mut zones: BTreeMap<(u32, usize), Counts> = BTreeMap::new();
-        for (pageblock, record) in &self.pageblocks {
-            let Some((nid, kind)) = record.zone else {
-                continue;
-            };
-            let uses = uses.get(pageblock).copied().unwrap_or_default();
-            let counts = zones.entry((nid, kind as usize)).or_default();
-            counts.present += record.ram;
-            counts.early += if record.early { record.ram } else { 0 };
-            let managed = Self::managed(record, &uses);
-            counts.managed += managed;
-            let free = managed.saturating_sub(uses.held + uses.poisoned);
-            counts.free += free;
-            counts.cma += if record.cma {
-                self.pageblock_pages()
-            } else {
-                0
-            };
-            counts.isolated += u64::from(record.isolated);
-            if !record.isolated {
-                counts.allocatable += free;
-                counts.general += if record.cma { 0 } else { free };
-                counts.whole += u64::from(free == self.pageblock_pages() && !record.cma);
-            }
-        }
-        for (zone, pages) in self.charged() {
-            // Charged pages are never in a pageblock that is being emptied, nor in memory for contiguous allocations.
-            let counts = zones
-                .get_mut(&zone)
-                .expect("pages are charged to zones that are there");
-            counts.free -= pages;
-            counts.allocatable -= pages;
-            counts.general -= pages;
-            counts.charged = pages;
-        }
-        zones
-    }
-
-    pub(crate) fn span(&self, nid: u32, kind: ZoneKind) -> Option<Range<u64>> {
-        self.spans.get(&(nid, kind as usize)).cloned()
-    }
-
-    fn extend(&mut self, zone: Zone, pages: &Range<u64>) {
-        let span = self
-            .spans
-            .entry((zone.0, zone.1 as usize))
-            .or_insert(pages.clone());
-        *span = span.start.min(pages.start)..span.end.max(pages.end);
-    }
-
-    /// The zone a sub-section is in.
-    fn zone_of_sub_section(&self, number: u64) -> Option<Zone> {
-        if !self.sub_section_has_ram(number) {
-            return None;
-        }
-        let size = self.profile.sub_section_size();
-        let block = self.blocks.get(&(number * size / self.block_size()))?;
-        if block.state == BlockState::Offline {
-            return block.joined.map(|kind| (block.nid, kind));
-        }
-        let per = self.profile.pageblock_size();
-        let mut pageblocks = number * size / per..((number + 1) * size - 1) / per + 1;
-        pageblocks.find_map(|pageblock| self.pageblocks.get(&pageblock)?.zone)
-    }
-
-    /// `pages` have left the zone: an edge of the span that was there moves on to what is left.
-    fn shrink(&mut self, zone: Zone, pages: &Range<u64>) {
-        let key = (zone.0, zone.1 as usize);
-        let Some(span) = self.spans.get(&key).cloned() else {
-            return;
-        };
-        let per = self.profile.sub_section_size() / self.page();
-        let subs = |range: Range<u64>| range.start / per..range.end.div_ceil(per);
-        let wanted = |sub: &u64| self.zone_of_sub_section(*sub) == Some(zone);
-        let left = if span.start == pages.start {
-            let first = self
-                .sub_sections_with_ram(subs(pages.end..span.end.max(pages.end)))
-                .find(wanted);
-            first.map(|first| first * per..span.end)
-        } else if span.end == pages.end {
-            let last = self
-                .sub_sections_with_ram(subs(span.start..pages.start))
-                .rev()
-                .find(wanted);
-            last.map(|last| span.start..(last + 1) * per)
-        } else {
-            return;
-        };
-        match left {
-            Some(span) => self.spans.insert(key, span),
-            None => self.spans.remove(&key),
-        };
-    }
-
-    /// The sub-sections of a range that are in memory blocks.
-    fn sub_sections_with_ram(&self, range: Range<u64>) -> std::vec::IntoIter<u64> {
-        let per = self.block_size() / self.profile.sub_section_size();
-        let in_blocks = self.blocks.keys().flat_map(|id| id * per..(id + 1) * per);
-        in_blocks
-            .filter(|sub| range.contains(sub))
-            .collect::<Vec<_>>()
-            .into_iter()
-    }
-
-    // Zone choice.
-
-    fn spans_meet(&self, nid: u32, kind: ZoneKind, pages: &Range<u64>) -> bool {
-        self.span(nid, kind).is_some_and(|span| meet(&span, pages))
-    }
-
-    fn kernel_zone(&self, nid: u32, pages: &Range<u64>) -> ZoneKind {
-        [ZoneKind::Dma, ZoneKind::Dma32]
-            .into_iter()
-            .find(|kind| self.spans_meet(nid, *kind, pages))
-            .unwrap_or(ZoneKind::Normal)
-    }
-
-    /// Up to 4.12: from the end of its zone upwards, or from the start of it downwards, over nothing in between.
-    fn can_shift(&self, nid: u32, pages: &Range<u64>, from: ZoneKind, to: ZoneKind) -> bool {
-        let (from_index, to_index) = (from as usize, to as usize);
-        let span = self.span(nid, from);
-        let at_edge = match from_index.cmp(&to_index) {
-            std::cmp::Ordering::Equal => return true,
-            std::cmp::Ordering::Less => span.is_some_and(|span| span.end == pages.end),
-            std::cmp::Ordering::Greater => span.is_some_and(|span| span.start == pages.start),
-        };
-        let between = from_index.min(to_index) + 1..from_index.max(to_index);
-        at_edge
-            && between
-                .into_iter()
-                .all(|index| self.span(nid, KINDS[index]).is_none())
-    }
-
-    fn kernel_allowed_4_13(&self, nid: u32, pages: &Range<u64>) -> bool {
-        self.span(nid, ZoneKind::Movable)
-            .is_none_or(|movable| movable.start >= pages.end)
-    }
-
-    fn movable_allowed_4_13(&self, nid: u32, pages: &Range<u64>) -> bool {
-        let kernel = self.kernel_zone(nid, pages);
-        self.span(nid, kernel)
-            .is_none_or(|kernel| kernel.end <= pages.start)
-    }
-
-    fn zone_for(&self, id: u64, online_type: OnlineType) -> Result<ZoneKind, Error> {
-        let block = &self.blocks[&id];
-        let (nid, pages) = (block.nid, self.pages_of(id));
-        let kernel = self.kernel_zone(nid, &pages);
-        if online_type == OnlineType::Online
-            && self.config.online_policy == OnlinePolicy::AutoMovable
-        {
-            return Ok(if self.fits_movable(id) {
-                ZoneKind::Movable
-            } else {
-                kernel
-            });
-        }
-        match self.config.zone_rules {
-            ZoneRules::UpTo4_12 => {
-                let current = block.joined.expect("everything has joined a zone then");
-                let target = match online_type {
-                    OnlineType::Online => return Ok(current),
-                    OnlineType::Kernel => ZoneKind::Normal,
-                    OnlineType::Movable => ZoneKind::Movable,
-                };
-                self.can_shift(nid, &pages, current, target)
-                    .then_some(target)
-                    .ok_or(Error::Invalid)
-            }
-            ZoneRules::V4_13 => match online_type {
-                OnlineType::Online if self.kernel_allowed_4_13(nid, &pages) => Ok(kernel),
-                OnlineType::Online => Ok(ZoneKind::Movable),
-                OnlineType::Kernel if self.kernel_allowed_4_13(nid, &pages) => Ok(kernel),
-                OnlineType::Movable if self.movable_allowed_4_13(nid, &pages) => {
-                    Ok(ZoneKind::Movable)
-                }
-                _ => Err(Error::Invalid),
-            },
-            ZoneRules::Since4_14 => Ok(match online_type {
-                OnlineType::Kernel => kernel,
-                OnlineType::Movable => ZoneKind::Movable,
-                OnlineType::Online => {
-                    let in_kernel = self.spans_meet(nid, kernel, &pages);
-                    let in_movable = self.spans_meet(nid, ZoneKind::Movable, &pages);
-                    match (in_kernel, in_movable) {
-                        (true, false) => kernel,
-                        (false, true) => ZoneKind::Movable,
-                        _ if self.config.movable_node => ZoneKind::Movable,
-                        _ => kernel,
-                    }
-                }
-            }),
-        }
-    }
-
-    fn pages_of_group(&self, group: usize, kernel: bool) -> u64 {
-        let online = self.blocks.values().filter(|block| {
-            block.group == Some(group) && block.zone.is_some_and(|zone| is_kernel(zone) == kernel)
-        });
-        online.count() as u64 * (self.block_size() / self.page())
-    }
-
-    /// Whether what is left of the device fits into Movable.
-    fn fits_movable(&self, id: u64) -> bool {
-        let block = &self.blocks[&id];
-        let block_pages = self.block_size() / self.page();
-        let pages = match block.group.map(|group| (group, self.groups[group].kind)) {
-            Some((group, GroupKind::Static(max))) => {
-                if self.pages_of_group(group, true) > 0 {
-                    return false;
-                }
-                max.saturating_sub(self.pages_of_group(group, false))
-            }
-            Some((_, GroupKind::Dynamic(unit))) if unit != block_pages => {
-                let blocks = unit / block_pages;
-                let first = id / blocks * blocks;
-                let unit_blocks = first..first + blocks;
-                let online: Vec<_> = self
-                    .blocks
-                    .iter()
-                    .filter(|(id, block)| {
-                        unit_blocks.contains(id) && block.state != BlockState::Offline
-                    })
-                    .collect();
-                if online
-                    .iter()
-                    .any(|(_, block)| block.zone != Some(ZoneKind::Movable))
-                {
-                    return false;
-                }
-                unit - online.len() as u64 * block_pages
-            }
-            _ => block_pages,
-        };
-        self.ratio_allows(None, block.group, pages)
-            && (!self.config.auto_movable_numa_aware
-                || self.ratio_allows(Some(block.nid), block.group, pages))
-    }
-
-    fn ratio_allows(&self, nid: Option<u32>, own: Option<usize>, pages: u64) -> bool {
-        let ratio = i128::from(self.config.auto_movable_ratio);
-        if ratio == 0 {
-            return false;
-        }
-        let (mut kernel, mut movable) = (0i128, 0i128);
-        for ((node, kind), counts) in self.zones() {
-            if nid.is_some_and(|nid| nid != node) {
-                continue;
-            }
-            if KINDS[kind] == ZoneKind::Movable {
-                movable += i128::from(counts.present);
-            } else {
-                kernel += i128::from(counts.early) - i128::from(counts.cma);
-                movable += i128::from(counts.cma);
-            }
-        }
-        let mut needed = 0;
-        for (index, group) in self.groups.iter().enumerate() {
-            let elsewhere = nid.is_some_and(|nid| nid != group.nid);
-            if !group.live
-                || elsewhere
-                || Some(index) == own
-                || !matches!(group.kind, GroupKind::Dynamic(_))
-            {
-                continue;
-            }
-            let group_movable = i128::from(self.pages_of_group(index, false));
-            let group_kernel = i128::from(self.pages_of_group(index, true));
-            needed += (group_movable * 100 / ratio - group_kernel).max(0);
-            movable -= group_movable;
-        }
-        if needed >= kernel {
-            return false;
-        }
-        kernel -= needed;
-        if let Some(own) = own
-            && matches!(self.groups[own].kind, GroupKind::Dynamic(_))
-        {
-            kernel += i128::from(self.pages_of_group(own, true));
-        }
-        movable + i128::from(pages) <= ratio * kernel / 100
-    }
-
-    pub(crate) fn valid_zones(&self, id: u64) -> String {
-        let block = &self.blocks[&id];
-        let (nid, pages) = (block.nid, self.pages_of(id));
-        let online = (block.state == BlockState::Online).then_some(block.zone);
-        if online == Some(None) {
-            return "none".into();
-        }
-        let mut zones = Vec::new();
-        let normal_then_movable = [ZoneKind::Normal, ZoneKind::Movable];
-        match (self.config.zone_rules, online.flatten()) {
-            (ZoneRules::UpTo4_12, online) => {
-                let current = online
-                    .or(block.joined)
-                    .expect("everything has joined a zone then");
-                zones.push(current);
-                zones.extend(
-                    normal_then_movable
-                        .into_iter()
-                        .filter(|to| self.can_shift(nid, &pages, current, *to)),
-                );
-            }
-            (_, Some(zone)) => zones.push(zone),
-            (ZoneRules::V4_13, None) => {
-                if self.kernel_allowed_4_13(nid, &pages) {
-                    zones.push(self.kernel_zone(nid, &pages));
-                }
-                if self.movable_allowed_4_13(nid, &pages) {
-                    zones.push(ZoneKind::Movable);
-                }
-            }
-            (ZoneRules::Since4_14, None) => {
-                zones.extend(self.zone_for(id, OnlineType::Online));
-                zones.extend([self.kernel_zone(nid, &pages), ZoneKind::Movable]);
-            }
-        }
-        let mut names: Vec<&str> = Vec::new();
-        for zone in zones {
-            if !names.contains(&name(zone)) {
-                names.push(name(zone));
-            }
-        }
-        names.join(" ")
-    }
-
-    // Resources.
-
-    fn region_of(&self, bytes: &Range<u64>) -> Option<usize> {
-        self.regions
-            .iter()
-            .position(|region| contains(region, bytes))
-    }
-
-    /// Whether a busy resource may be put there.
-    fn is_vacant(&self, bytes: &Range<u64>) -> bool {
-        let taken = self
-            .ram
-            .iter()
-            .map(|ram| &ram.bytes)
-            .chain(self.devices.iter().map(|device| &device.bytes));
-        !taken.into_iter().any(|other| meet(other, bytes))
-            && !self
-                .regions
-                .iter()
-                .any(|region| meet(region, bytes) && !contains(region, bytes))
-    }
-
-    pub(crate) fn iomem(&self) -> String {
-        let mut lines: Vec<(Range<u64>, usize, &str)> = self
-            .regions
-            .iter()
-            .map(|region| (region.clone(), 0, "Soft Reserved"))
-            .collect();
-        let depth = |bytes: &Range<u64>| usize::from(self.region_of(bytes).is_some());
-        lines.extend(
-            self.ram
-                .iter()
-                .map(|ram| (ram.bytes.clone(), depth(&ram.bytes), ram.name.as_str())),
-        );
-        lines.extend(
-            self.devices
-                .iter()
-                .map(|device| (device.bytes.clone(), depth(&device.bytes), "namespace")),
-        );
-        lines.sort_by_key(|(bytes, depth, _)| (bytes.start, *depth));
-        let line = |(bytes, depth, name): (Range<u64>, usize, &str)| {
-            format!(
-                "{}{:08x}-{:08x} : {name}\n",
-                "  ".repeat(depth),
-                bytes.start,
-                bytes.end - 1
-            )
-        };
-        lines.into_iter().map(line).collect()
-    }
-
-    pub(crate) fn kexec_destinations(&self) -> Vec<Range<u64>> {
-        let plain = self.ram.iter().filter(|ram| ram.name == "System RAM");
-        let mut ranges: Vec<_> = plain.map(|ram| ram.bytes.clone()).collect();
-        ranges.sort_by_key(|range| range.start);
-        ranges
-    }
-
-    pub(crate) fn owner(&self, address: u64) -> Option<Owner> {
-        self.ram.iter().find(|ram| ram.bytes.contains(&address))?;
-        let sub = address / self.profile.sub_section_size();
-        Some(self.owners.get(&sub).copied().unwrap_or(Owner::BOOT))
-    }
-
-    fn is_all_ram(&self, bytes: &Range<u64>) -> bool {
-        let covered: u64 = self
-            .ram
-            .iter()
-            .map(|ram| {
-                ram.bytes
-                    .end
-                    .min(bytes.end)
-                    .saturating_sub(ram.bytes.start.max(bytes.start))
-            })
-            .sum();
-        covered == bytes.end - bytes.start
-    }
-
-    fn owns(&self, owner: Owner, bytes: &Range<u64>) -> Outcome {
-        if bytes.is_empty() || !self.is_all_ram(bytes) {
-            return Err(Error::Invalid);
-        }
-        let size = self.profile.sub_section_size();
-        let mut subs = bytes.start / size..(bytes.end - 1) / size + 1;
-        let own = subs.all(|sub| self.owners.get(&sub).copied().unwrap_or(Owner::BOOT) == owner);
-        own.then_some(()).ok_or(Error::NotPermitted)
-    }
-
-    fn merge(&mut self, bytes: &Range<u64>) {
-        let index = self
-            .ram
-            .iter()
-            .position(|ram| ram.bytes == *bytes)
-            .expect("it has just been added");
-        self.ram[index].mergeable = true;
-        loop {
-            let found = self.ram.iter().enumerate().find_map(|(low, a)| {
-                let high = self.ram.iter().position(|b| {
-                    (meet(&a.bytes, bytes) || meet(&b.bytes, bytes))
-                        && a.bytes.end == b.bytes.start
-                        && a.mergeable
-                        && b.mergeable
-                        && a.name == b.name
-                        && self.region_of(&a.bytes) == self.region_of(&b.bytes)
-                        && self.owner(a.bytes.end - 1) == self.owner(a.bytes.end)
-                })?;
-                Some((low, high))
-            });
-            let Some((low, high)) = found else { return };
-            self.ram[low].bytes.end = self.ram[high].bytes.end;
-            self.ram.remove(high);
-        }
-    }
-
-    // Notifiers and events.
-
-    fn told(&self, id: u64, action: MemoryAction, notifier: usize) -> Told {
-        let block = &self.blocks[&id];
-        let pages = self.pages_of(id);
-        Told {
-            notifier,
-            action,
-            start_pfn: pages.start + block.memmap_pages,
-            page_count: pages.end - pages.start - block.memmap_pages,
-            nid: block.nid,
-            early: block.early,
-        }
-    }
-
-    fn notify(&self, id: u64, action: MemoryAction, trail: &mut Trail) -> Outcome {
-        let asked = matches!(
-            action,
-            MemoryAction::GoingOnline | MemoryAction::GoingOffline
-        );
-        for notifier in &self.chain {
-            let answer = match notifier.number {
-                None if action == MemoryAction::GoingOffline && self.blocks[&id].early => {
-                    Err(Error::NotPermitted)
-                }
-                None => Ok(()),
-                Some(number) => {
-                    trail.told.push(self.told(id, action, number));
-                    match trail.veto {
-                        Some(veto) if veto.notifier == number && veto.action == action => {
-                            trail.veto = None;
-                            Err(veto.error)
-                        }
-                        _ => Ok(()),
-                    }
-                }
-            };
-            if asked {
-                answer?;
-            }
-        }
-        Ok(())
-    }
-
-    // Operations.
-
     /// Charges the metadata of `bytes` to kernel memory; all or nothing.
-    fn charge(
+    pub(super) fn charge(
         &self,
         nid: u32,
         bytes: u64,
@@ -1074,7 +31,7 @@ impl Model {
         }
     }
 
-    fn general_room(&self) -> BTreeMap<(u32, usize), u64> {
+    pub(super) fn general_room(&self) -> BTreeMap<(u32, usize), u64> {
         self.zones()
             .into_iter()
             .map(|(zone, counts)| (zone, counts.general))
@@ -1082,7 +39,7 @@ impl Model {
     }
 
     /// The zones pages are taken from: first those of the node, the highest first.
-    fn zones_in_order(&self, nid: u32, movable: bool) -> Vec<Zone> {
+    pub(super) fn zones_in_order(&self, nid: u32, movable: bool) -> Vec<Zone> {
         let mut nodes = vec![nid];
         nodes.extend((0..self.config.possible_nodes).filter(|node| *node != nid));
         let kinds = KINDS
@@ -1101,13 +58,14 @@ impl Model {
             .collect()
     }
 
-    fn addressable(&self, bytes: &Range<u64>) -> bool {
+    pub(super) fn addressable(&self, bytes: &Range<u64>) -> bool {
         bytes.end <= 1 << self.profile.physical_address_bits
     }
 
-    fn add(&mut self, add: &Add, trail: &mut Trail) -> Outcome {
+    pub(super) fn add(&mut self, add: &Add, trail: &mut Trail) -> Outcome {
         let plain = add.name == "System RAM";
-        if !plain && !(add.name.starts_with("System RAM (") && add.name.ends_with(')')) {
+        let managed = add.name.starts_with("System RAM (") && add.name.ends_with(')');
+        if !plain && !managed {
             return Err(Error::Invalid);
         }
         if add.size == 0 {
@@ -1124,12 +82,16 @@ impl Model {
         if !self.is_vacant(&bytes) {
             return Err(Error::Exists);
         }
-        if bytes.start % self.block_size() != 0 || bytes.end % self.block_size() != 0 {
+        if !bytes.start.is_multiple_of(self.block_size())
+            || !bytes.end.is_multiple_of(self.block_size())
+        {
             return Err(Error::Invalid);
         }
         let per = self.profile.pageblock_size();
         let withheld = &add.withheld;
-        if !withheld.is_empty() && (withheld.start % per != 0 || withheld.end % per != 0) {
+        if !withheld.is_empty()
+            && (!withheld.start.is_multiple_of(per) || !withheld.end.is_multiple_of(per))
+        {
             return Err(Error::Invalid);
         }
         let (nid, group) = match add.target {
@@ -1233,7 +195,7 @@ impl Model {
     }
 
     /// Pages of each block that hold its metadata.
-    fn self_hosted(&self, size: u64) -> Result<Option<u64>, Error> {
+    pub(super) fn self_hosted(&self, size: u64) -> Result<Option<u64>, Error> {
         let (mode, rule) = (self.config.memmap_on_memory, self.config.memmap_rule);
         let per_pageblock = self.pageblock_pages();
         let bytes = self.block_size() / self.page() * 64;
@@ -1254,9 +216,10 @@ impl Model {
         }
     }
 
-    fn removable(&self, owner: Owner, bytes: &Range<u64>) -> Result<Range<u64>, Error> {
+    pub(super) fn removable(&self, owner: Owner, bytes: &Range<u64>) -> Result<Range<u64>, Error> {
         let size = self.block_size();
-        if bytes.is_empty() || bytes.start % size != 0 || bytes.end % size != 0 {
+        if bytes.is_empty() || !bytes.start.is_multiple_of(size) || !bytes.end.is_multiple_of(size)
+        {
             return Err(Error::Invalid);
         }
         let ids = bytes.start / size..bytes.end / size;
@@ -1267,7 +230,12 @@ impl Model {
         Ok(ids)
     }
 
-    fn remove(&mut self, owner: Owner, bytes: &Range<u64>, trail: &mut Trail) -> Outcome {
+    pub(super) fn remove(
+        &mut self,
+        owner: Owner,
+        bytes: &Range<u64>,
+        trail: &mut Trail,
+    ) -> Outcome {
         let ids = self.removable(owner, bytes)?;
         if !self.config.hot_remove
             || !ids
@@ -1312,7 +280,12 @@ impl Model {
         Ok(())
     }
 
-    fn online(&mut self, id: u64, online_type: OnlineType, trail: &mut Trail) -> Outcome {
+    pub(super) fn online(
+        &mut self,
+        id: u64,
+        online_type: OnlineType,
+        trail: &mut Trail,
+    ) -> Outcome {
         let block = self.blocks.get_mut(&id).ok_or(Error::Invalid)?;
         if block.state != BlockState::Offline {
             return Err(Error::Invalid);
@@ -1352,7 +325,7 @@ impl Model {
         Ok(())
     }
 
-    fn device_online(&mut self, id: u64, trail: &mut Trail) -> Result<bool, Error> {
+    pub(super) fn device_online(&mut self, id: u64, trail: &mut Trail) -> Result<bool, Error> {
         let block = self.blocks.get(&id).ok_or(Error::Invalid)?;
         if block.state != BlockState::Offline {
             return Ok(false);
@@ -1361,7 +334,12 @@ impl Model {
         self.online(id, online_type, trail).map(|()| true)
     }
 
-    fn device_offline(&mut self, id: u64, hint: &Hint, trail: &mut Trail) -> Result<bool, Error> {
+    pub(super) fn device_offline(
+        &mut self,
+        id: u64,
+        hint: &Hint,
+        trail: &mut Trail,
+    ) -> Result<bool, Error> {
         match self.blocks.get(&id).map(|block| block.state) {
             Some(BlockState::Offline) => Ok(false),
             _ => self.offline(id, hint, trail).map(|()| true),
@@ -1369,15 +347,16 @@ impl Model {
     }
 
     /// The bytes as whole pageblocks.
-    fn whole_pageblocks(&self, bytes: &Range<u64>) -> Result<Range<u64>, Error> {
+    pub(super) fn whole_pageblocks(&self, bytes: &Range<u64>) -> Result<Range<u64>, Error> {
         let size = self.profile.pageblock_size();
-        let whole = !bytes.is_empty() && bytes.start % size == 0 && bytes.end % size == 0;
+        let whole =
+            !bytes.is_empty() && bytes.start.is_multiple_of(size) && bytes.end.is_multiple_of(size);
         whole
             .then_some(bytes.start / size..bytes.end / size)
             .ok_or(Error::Invalid)
     }
 
-    fn start_isolation(
+    pub(super) fn start_isolation(
         &mut self,
         pageblocks: Range<u64>,
         block: Option<u64>,
@@ -1443,7 +422,7 @@ impl Model {
         })
     }
 
-    fn isolate_block(
+    pub(super) fn isolate_block(
         &mut self,
         id: u64,
         hint: &Hint,
@@ -1474,7 +453,7 @@ impl Model {
         Ok(isolation)
     }
 
-    fn cancel(&mut self, isolation: Isolation, trail: &mut Trail) {
+    pub(super) fn cancel(&mut self, isolation: Isolation, trail: &mut Trail) {
         for pageblock in isolation.pageblocks {
             self.pageblocks
                 .get_mut(&pageblock)
@@ -1490,7 +469,7 @@ impl Model {
         }
     }
 
-    fn uses_of(&self, pageblocks: &Range<u64>) -> Uses {
+    pub(super) fn uses_of(&self, pageblocks: &Range<u64>) -> Uses {
         let mut sum = Uses::default();
         for (pageblock, uses) in self.uses() {
             if pageblocks.contains(&pageblock) {
@@ -1503,7 +482,12 @@ impl Model {
     }
 
     /// Moves everything out, then takes the pages; or undoes everything.
-    fn empty(&mut self, isolation: Isolation, hint: &Hint, trail: &mut Trail) -> Outcome {
+    pub(super) fn empty(
+        &mut self,
+        isolation: Isolation,
+        hint: &Hint,
+        trail: &mut Trail,
+    ) -> Outcome {
         trail.emptied.push(isolation.pageblocks.clone());
         let uses = self.uses_of(&isolation.pageblocks);
         let mut done = Ok(());
@@ -1534,7 +518,7 @@ impl Model {
         self.finish(isolation, trail)
     }
 
-    fn commit(&mut self, isolation: Isolation, trail: &mut Trail) -> Outcome {
+    pub(super) fn commit(&mut self, isolation: Isolation, trail: &mut Trail) -> Outcome {
         let uses = self.uses_of(&isolation.pageblocks);
         let left = uses.held > 0 || (isolation.block.is_none() && uses.poisoned > 0);
         let done = trail
@@ -1548,7 +532,7 @@ impl Model {
     }
 
     /// Like [`commit`](Self::commit), but everything has been moved out before.
-    fn finish(&mut self, isolation: Isolation, trail: &mut Trail) -> Outcome {
+    pub(super) fn finish(&mut self, isolation: Isolation, trail: &mut Trail) -> Outcome {
         let done = trail.reach(Step::Commit);
         match done {
             Ok(()) => self.take(isolation, trail),
@@ -1557,7 +541,7 @@ impl Model {
         done
     }
 
-    fn take(&mut self, isolation: Isolation, trail: &mut Trail) {
+    pub(super) fn take(&mut self, isolation: Isolation, trail: &mut Trail) {
         let Some(id) = isolation.block else {
             for pageblock in isolation.pageblocks {
                 let record = self
@@ -1590,12 +574,12 @@ impl Model {
         trail.offlined += 1;
     }
 
-    fn offline(&mut self, id: u64, hint: &Hint, trail: &mut Trail) -> Outcome {
+    pub(super) fn offline(&mut self, id: u64, hint: &Hint, trail: &mut Trail) -> Outcome {
         let isolation = self.isolate_block(id, hint, trail)?;
         self.empty(isolation, hint, trail)
     }
 
-    fn offline_and_remove(
+    pub(super) fn offline_and_remove(
         &mut self,
         owner: Owner,
         bytes: &Range<u64>,
@@ -1628,7 +612,12 @@ impl Model {
         done
     }
 
-    fn fake_offline(&mut self, bytes: &Range<u64>, hint: &Hint, trail: &mut Trail) -> Outcome {
+    pub(super) fn fake_offline(
+        &mut self,
+        bytes: &Range<u64>,
+        hint: &Hint,
+        trail: &mut Trail,
+    ) -> Outcome {
         let pageblocks = self.whole_pageblocks(bytes)?;
         if self.common_state(&pageblocks)? == BlockState::Offline {
             let records = || {
@@ -1651,7 +640,7 @@ impl Model {
         self.empty(isolation, hint, trail)
     }
 
-    fn fake_online(&mut self, bytes: &Range<u64>) -> Outcome {
+    pub(super) fn fake_online(&mut self, bytes: &Range<u64>) -> Outcome {
         let pageblocks = self.whole_pageblocks(bytes)?;
         self.common_state(&pageblocks)?;
         let withheld = |pageblock| {
@@ -1671,7 +660,7 @@ impl Model {
         Ok(())
     }
 
-    fn common_state(&self, pageblocks: &Range<u64>) -> Result<BlockState, Error> {
+    pub(super) fn common_state(&self, pageblocks: &Range<u64>) -> Result<BlockState, Error> {
         let per = self.block_size() / self.profile.pageblock_size();
         let states: Option<Vec<_>> = (pageblocks.start / per..(pageblocks.end - 1) / per + 1)
             .map(|id| self.blocks.get(&id).map(|block| block.state))
@@ -1681,7 +670,13 @@ impl Model {
         same.then_some(states[0]).ok_or(Error::Invalid)
     }
 
-    fn migrate(&mut self, index: usize, budget: u32, hint: &Hint, trail: &mut Trail) -> Outcome {
+    pub(super) fn migrate(
+        &mut self,
+        index: usize,
+        budget: u32,
+        hint: &Hint,
+        trail: &mut Trail,
+    ) -> Outcome {
         let uses = self.uses_of(&self.isolations[index].pageblocks);
         let isolation = self.isolations[index].clone();
         trail.emptied.push(isolation.pageblocks.clone());
@@ -1743,7 +738,13 @@ impl Model {
         hint.result
     }
 
-    fn allocate(&mut self, nid: u32, mobility: Mobility, count: usize, hint: &Hint) -> Outcome {
+    pub(super) fn allocate(
+        &mut self,
+        nid: u32,
+        mobility: Mobility,
+        count: usize,
+        hint: &Hint,
+    ) -> Outcome {
         let movable = mobility == Mobility::Movable;
         let zones = self.zones();
         let mut room: BTreeMap<(u32, usize), u64> = zones
@@ -1790,7 +791,7 @@ impl Model {
         Ok(())
     }
 
-    fn pin(&mut self, index: usize) -> Outcome {
+    pub(super) fn pin(&mut self, index: usize) -> Outcome {
         let page = &mut self.held[index];
         page.pfn.ok_or(Error::HwPoison)?;
         if !page.unmovable {
@@ -1799,7 +800,7 @@ impl Model {
         Ok(())
     }
 
-    fn pin_long_term(&mut self, index: usize, trail: &mut Trail) -> Outcome {
+    pub(super) fn pin_long_term(&mut self, index: usize, trail: &mut Trail) -> Outcome {
         let pfn = self.held[index].pfn.ok_or(Error::HwPoison)?;
         let pageblock = pfn / self.pageblock_pages();
         let record = &self.pageblocks[&pageblock];
@@ -1820,7 +821,7 @@ impl Model {
         self.pin(index)
     }
 
-    fn unpin(&mut self, index: usize) -> Outcome {
+    pub(super) fn unpin(&mut self, index: usize) -> Outcome {
         let page = &mut self.held[index];
         if !page.unmovable {
             page.pins = page.pins.checked_sub(1).ok_or(Error::Invalid)?;
@@ -1828,7 +829,13 @@ impl Model {
         Ok(())
     }
 
-    fn poison(&mut self, address: u64, soft: bool, hint: &Hint, trail: &mut Trail) -> Outcome {
+    pub(super) fn poison(
+        &mut self,
+        address: u64,
+        soft: bool,
+        hint: &Hint,
+        trail: &mut Trail,
+    ) -> Outcome {
         let pfn = address / self.page();
         if !self.pfn_is_online(pfn) || !self.is_ram(pfn) {
             return Err(Error::NoAddress);
@@ -1867,7 +874,7 @@ impl Model {
         Ok(())
     }
 
-    fn add_device(
+    pub(super) fn add_device(
         &mut self,
         bytes: &Range<u64>,
         nid: u32,
@@ -1884,8 +891,9 @@ impl Model {
             return Err(Error::NoAddress);
         }
         let size = self.profile.sub_section_size();
-        let misplaced =
-            bytes.start % size != 0 || bytes.end % size != 0 || nid >= self.config.possible_nodes;
+        let misplaced = !bytes.start.is_multiple_of(size)
+            || !bytes.end.is_multiple_of(size)
+            || nid >= self.config.possible_nodes;
         if misplaced || !self.addressable(bytes) {
             return Err(Error::Invalid);
         }
@@ -1922,7 +930,7 @@ impl Model {
         Ok(())
     }
 
-    fn remove_device(&mut self, bytes: &Range<u64>) -> Outcome {
+    pub(super) fn remove_device(&mut self, bytes: &Range<u64>) -> Outcome {
         let index = self
             .devices
             .iter()
@@ -1938,7 +946,13 @@ impl Model {
         Ok(())
     }
 
-    fn write(&mut self, file: &str, text: &str, hint: &Hint, trail: &mut Trail) -> Outcome {
+    pub(super) fn write(
+        &mut self,
+        file: &str,
+        text: &str,
+        hint: &Hint,
+        trail: &mut Trail,
+    ) -> Outcome {
         let line = text.strip_suffix('\n').unwrap_or(text);
         let word = |text: &str| match text {
             "offline" => Ok(None),
@@ -1999,7 +1013,7 @@ impl Model {
                     number(line)?.try_into().map_err(|_| Error::Invalid)?;
             }
             "parameters/auto_movable_numa_aware" => {
-                self.config.auto_movable_numa_aware = truth(line)?
+                self.config.auto_movable_numa_aware = truth(line)?;
             }
             "parameters/memmap_on_memory" | "block_size_bytes" | "crash_hotplug" => {
                 return Err(Error::AccessDenied);
@@ -2011,7 +1025,7 @@ impl Model {
             "soft_offline_page" => return self.poison(number(line)?, true, hint, trail),
             "probe" => {
                 let start = number(line)?;
-                if start % self.block_size() != 0 {
+                if !start.is_multiple_of(self.block_size()) {
                     return Err(Error::Invalid);
                 }
                 let below = self
@@ -2163,7 +1177,13 @@ impl Model {
         }
     }
 
-    fn register(&mut self, valid: bool, nid: u32, kind: GroupKind, hint: &Hint) -> Outcome {
+    pub(super) fn register(
+        &mut self,
+        valid: bool,
+        nid: u32,
+        kind: GroupKind,
+        hint: &Hint,
+    ) -> Outcome {
         if !valid {
             return Err(Error::Invalid);
         }
