@@ -106,7 +106,8 @@ fn core_does_what_a_naive_model_says_whatever_happens() {
     }
 }
 
-/// Everything succeeded and was refused often enough to mean something.
+/// Everything succeeded and was refused. The rarest are expected about twelve times in 100,000 operations, so that no
+/// seed falls short by chance.
 fn assert_sensible(coverage: &Coverage) {
     let never_refused = ["cancel", "register notifier", "unregister notifier"];
     let never_done = ["write anything", "use freed page"];
@@ -116,7 +117,7 @@ fn assert_sensible(coverage: &Coverage) {
             "{kind} succeeded {done} times"
         );
         assert!(
-            *refused >= 5 || never_refused.contains(kind),
+            *refused >= 1 || never_refused.contains(kind),
             "{kind} was refused {refused} times"
         );
     }
@@ -127,7 +128,7 @@ fn assert_sensible(coverage: &Coverage) {
             .get(&format!("{step:?}"))
             .copied()
             .unwrap_or(0);
-        assert!(hits >= 10, "{step:?} failed {hits} times");
+        assert!(hits >= 2, "{step:?} failed {hits} times");
     }
     assert!(coverage.vetoes >= 50);
     assert!(coverage.moved_pages >= 1000);
