@@ -134,7 +134,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         if !isolation.blocked {
             return Ok(Migration::Done);
         }
-        isolation.passes_left -= 1;
+        isolation.passes_left = isolation.passes_left.saturating_sub(1);
         if isolation.passes_left == 0 {
             return Err(Error::Busy);
         }
@@ -147,11 +147,14 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::Busy`] if it is not empty yet; everything is undone then.
+    /// [`Error::Busy`] if it is not empty yet, or pages are to be taken and one of them broke meanwhile; everything is
+    /// undone then.
     pub fn commit(&mut self, isolation: Isolation) -> Result<(), Error> {
+        let takes = isolation.purpose == Purpose::Take;
         let in_use = isolation.pageblocks.clone().any(|pageblock| {
             let (memmap, index) = self.present(pageblock);
-            memmap.pageblocks[index].held > 0
+            let counts = &memmap.pageblocks[index];
+            counts.held > 0 || (takes && counts.poisoned > 0)
         });
         let done = self.faults.reach(Step::Commit);
         let done = done.and(if in_use { Err(Error::Busy) } else { Ok(()) });
@@ -194,7 +197,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
     pub fn fake_offline(&mut self, start: u64, size: u64) -> Result<(), Error> {
         let pageblocks = self.pageblocks(start, size)?;
         if self.state_of(&pageblocks)? == BlockState::Offline {
-            if self.any_withheld(&pageblocks, true) || self.any_self_hosted(&pageblocks) {
+            let taken = |pageblock| self.is_withheld(pageblock) || self.holds_metadata(pageblock);
+            if pageblocks.clone().any(taken) {
                 return Err(Error::Busy);
             }
             self.set_withheld(pageblocks, true);
@@ -213,7 +217,10 @@ impl<M: PhysicalMemory> Hotplug<M> {
     pub fn fake_online(&mut self, start: u64, size: u64) -> Result<(), Error> {
         let pageblocks = self.pageblocks(start, size)?;
         self.state_of(&pageblocks)?;
-        if self.any_withheld(&pageblocks, false) {
+        if !pageblocks
+            .clone()
+            .all(|pageblock| self.is_withheld(pageblock))
+        {
             return Err(Error::Invalid);
         }
         self.set_withheld(pageblocks, false);
@@ -229,24 +236,19 @@ impl<M: PhysicalMemory> Hotplug<M> {
         same.then_some(state).ok_or(Error::Invalid)
     }
 
-    /// Whether any pageblock of the range is, or is not, withheld.
-    fn any_withheld(&self, pageblocks: &Range<u64>, withheld: bool) -> bool {
-        pageblocks.clone().any(|pageblock| {
-            let (number, index) = self.locate(pageblock);
-            let memmap = self.sections.get(&number).and_then(|s| s.memmap.as_ref());
-            // Boot memory may have holes: whatever they are asked to be, they are not.
-            memmap.is_none_or(|memmap| memmap.pageblocks[index].withheld == withheld)
-        })
+    /// Whether a pageblock is withheld; one that is a hole in boot memory is not.
+    fn is_withheld(&self, pageblock: u64) -> bool {
+        let (number, index) = self.locate(pageblock);
+        let memmap = self.sections.get(&number).and_then(|s| s.memmap.as_ref());
+        memmap.is_some_and(|memmap| memmap.pageblocks[index].withheld)
     }
 
-    /// Whether any pageblock of the range holds the metadata of its memory block, or will when that is online.
-    fn any_self_hosted(&self, pageblocks: &Range<u64>) -> bool {
-        let first = self.block_of_pageblock(pageblocks.start);
-        let last = self.block_of_pageblock(pageblocks.end - 1);
-        self.blocks.range(first..=last).any(|(id, block)| {
-            let pages = self.pages_of_block(*id);
-            let end = self.pageblock_of(pages.start + block.memmap_pages);
-            pageblocks.start < end && self.pageblock_of(pages.start) < end.min(pageblocks.end)
+    /// Whether a pageblock holds the metadata of its own memory block, or will when that is online.
+    pub(super) fn holds_metadata(&self, pageblock: u64) -> bool {
+        let id = self.block_of_pageblock(pageblock);
+        self.blocks.get(&id).is_some_and(|block| {
+            let first = self.pages_of_block(id).start;
+            pageblock < self.pageblock_of(first + block.memmap_pages)
         })
     }
 

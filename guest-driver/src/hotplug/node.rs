@@ -414,9 +414,10 @@ impl<M> Hotplug<M> {
             }
             let memmap = section.memmap.as_ref()?;
             let last = pfn + u64::from(self.config.profile.pages_per_sub_section()) - 1;
-            return [pfn, last].into_iter().find_map(|pfn| {
-                let (_, pageblock) = self.locate(self.pageblock_of(pfn));
-                memmap.pageblocks[pageblock].zone
+            let mut pageblocks = self.pageblock_of(pfn)..=self.pageblock_of(last);
+            return pageblocks.find_map(|pageblock| {
+                let (_, index) = self.locate(pageblock);
+                memmap.pageblocks[index].zone
             });
         }
         // Only where memory joins a zone when it is added.
