@@ -246,8 +246,16 @@ impl Model {
     }
 
     fn remove(&mut self, range: Range<usize>) -> Result<(), Error> {
-        let id = self.ram_within(&range).ok_or(Error::Invalid)?;
-        let extent = self.extent(id);
+        if range.is_empty() {
+            return Err(Error::Invalid);
+        }
+        let is_ram = |unit: &Unit| unit.layers.last().is_some_and(|layer| layer.is_ram());
+        if !self.units[range.clone()].iter().all(is_ram) {
+            return Err(Error::Invalid);
+        }
+        // What is left above the range of the resource it ends in is a resource of its own.
+        let last = self.units[range.end - 1].layers.last().unwrap().id;
+        let extent = self.extent(last);
         self.next_id += 1;
         for unit in range.end..extent.end {
             self.units[unit].layers.last_mut().unwrap().id = self.next_id;

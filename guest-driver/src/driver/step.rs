@@ -320,11 +320,11 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     fn go_on_emptying<M: PhysicalMemory>(
         &mut self,
         hotplug: &mut Hotplug<M>,
-        mut emptying: Emptying,
+        emptying: Emptying,
         now_ms: u64,
     ) -> Result<Progress, Failure> {
         let range = emptying.range;
-        match hotplug.migrate(&mut emptying.isolation, PAGES_PER_STEP) {
+        match hotplug.migrate(&emptying.isolation, PAGES_PER_STEP) {
             Ok(Migration::More) => self.emptying = Some(emptying),
             Ok(Migration::Done) => {
                 let taken = hotplug.commit(emptying.isolation);

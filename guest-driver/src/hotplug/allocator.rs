@@ -37,7 +37,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
     pub fn free(&mut self, handle: PageHandle) -> Result<(), Error> {
         let held = self.handles.get(handle)?;
         let mobility = held.mobility();
-        if mobility == Mobility::Movable && held.is_pinned() {
+        if held.is_pinned() {
             return Err(Error::Busy);
         }
         if let Some(pfn) = held.pfn() {

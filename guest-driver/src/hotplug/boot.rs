@@ -48,7 +48,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// # Errors
     ///
     /// [`Error::Invalid`] if the sizes of the profile do not fit into each other, a node is not possible, a pageblock
-    /// would be in two zones or on two nodes, or Movable begins or contiguous memory lies in the middle of one;
+    /// would be in two zones or on two nodes, or Movable begins in the middle of one, or memory for contiguous allocations
+    /// is not made of whole ones;
     /// [`Error::TooBig`] beyond what can be addressed, [`Error::Exists`] if two ranges overlap, [`Error::NoMemory`] if
     /// the metadata does not fit into the heap.
     pub fn boot(config: Config, boot: &Boot, memory: M) -> Result<Self, Error> {
@@ -56,13 +57,19 @@ impl<M: PhysicalMemory> Hotplug<M> {
         if !config.profile.boot_memory_removable {
             hotplug.register_notifier(0, Box::new(prevent_boot_memory_removal));
         }
+        let mut all = [boot.ram.as_slice(), &boot.special_purpose].concat();
+        all.sort_by_key(|range| range.bytes.start);
+        let overlap = |pair: &[BootRange]| pair[1].bytes.start < pair[0].bytes.end;
+        if all.windows(2).any(overlap) {
+            return Err(Error::Exists);
+        }
         let mut ram = boot.ram.clone();
         match config.soft_reserve {
             true => hotplug.soft_reserve(&boot.special_purpose)?,
             false => ram.extend_from_slice(&boot.special_purpose),
         }
         for nid in &boot.cpu_nodes {
-            hotplug.check_node(*nid)?;
+            hotplug.possible(*nid)?;
             hotplug.nodes.get_mut(*nid).has_cpus = true;
         }
         ram.sort_by_key(|range| range.bytes.start);
@@ -77,9 +84,13 @@ impl<M: PhysicalMemory> Hotplug<M> {
                 hotplug.pageblocks(range.start, range.end.saturating_sub(range.start))?;
             for pageblock in pageblocks {
                 hotplug.known_pageblock(pageblock)?;
-                hotplug.modify(pageblock, |memmap, index| {
+                let whole = hotplug.modify(pageblock, |memmap, index| {
                     memmap.pageblocks[index].class = Class::Cma;
+                    memmap.pageblocks[index].absent == 0
                 });
+                if !whole {
+                    return Err(Error::Invalid);
+                }
             }
         }
         for range in &boot.reserved {
@@ -93,7 +104,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// Leaves memory to its drivers.
     fn soft_reserve(&mut self, ranges: &[BootRange]) -> Result<(), Error> {
         for BootRange { bytes, nid } in ranges {
-            self.check_node(*nid)?;
+            self.possible(*nid)?;
             let size = bytes.end.saturating_sub(bytes.start);
             let range = self.addressable(bytes.start, size)?;
             let flags = ResourceFlags::RESERVED;
@@ -104,7 +115,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
 
     /// Resources, sections and metadata of a range.
     fn add_boot_range(&mut self, range: &BootRange) -> Result<(), Error> {
-        self.check_node(range.nid)?;
+        self.possible(range.nid)?;
         let profile = self.config.profile;
         let bytes = &range.bytes;
         let size = bytes.end.checked_sub(bytes.start).ok_or(Error::Invalid)?;
@@ -219,17 +230,30 @@ impl<M: PhysicalMemory> Hotplug<M> {
 
     /// Takes RAM out of use for ever.
     fn reserve(&mut self, range: &Range<u64>) -> Result<(), Error> {
-        let page_shift = self.config.profile.page_shift;
+        let profile = self.config.profile;
         let last = range.end.checked_sub(1).ok_or(Error::Invalid)?;
-        for pfn in range.start >> page_shift..(last >> page_shift) + 1 {
-            let pageblock = self.pageblock_of(pfn);
+        let pages = range.start >> profile.page_shift..(last >> profile.page_shift) + 1;
+        let per_pageblock = u64::from(profile.pageblock_pages());
+        let mut first = pages.start;
+        while first < pages.end {
+            let pageblock = self.pageblock_of(first);
             self.known_pageblock(pageblock)?;
-            let (_, page) = self.locate_page(pfn);
-            self.modify(pageblock, |memmap, _| {
-                if let Page::Free { .. } = memmap.page(page) {
-                    memmap.assign(page, Page::Reserved);
+            let end = pages.end.min((pageblock + 1) * per_pageblock);
+            let count = end - first;
+            let (_, page) = self.locate_page(first);
+            self.modify(pageblock, |memmap, index| {
+                if u64::from(memmap.pageblocks[index].free) == per_pageblock
+                    && count == per_pageblock
+                {
+                    return memmap.fill(index, Page::Reserved);
+                }
+                for page in page..page + count as u32 {
+                    if let Page::Free { .. } = memmap.page(page) {
+                        memmap.assign(page, Page::Reserved);
+                    }
                 }
             });
+            first = end;
         }
         Ok(())
     }
@@ -296,12 +320,6 @@ impl<M: PhysicalMemory> Hotplug<M> {
             self.blocks.insert(id, block);
             self.nodes.get_mut(nid).block_count += 1;
         }
-    }
-
-    fn check_node(&self, nid: u32) -> Result<(), Error> {
-        (nid < self.config.possible_nodes)
-            .then_some(())
-            .ok_or(Error::Invalid)
     }
 
     /// The pages that lie wholly in a byte range.

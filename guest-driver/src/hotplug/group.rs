@@ -44,7 +44,11 @@ impl Group {
 
 /// All memory groups.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Groups(BTreeMap<GroupId, Group>);
+pub(super) struct Groups {
+    groups: BTreeMap<GroupId, Group>,
+    /// How many there ever were: an id that outlives its group must not name another.
+    registered: u32,
+}
 
 impl Groups {
     /// Registers a device whose memory, at most `max_pages`, is added in one go
@@ -77,12 +81,9 @@ impl Groups {
         self.register(nid, GroupKind::Dynamic { unit_pages })
     }
 
-    /// The lowest free id is taken.
     fn register(&mut self, nid: u32, kind: GroupKind) -> Result<GroupId, Error> {
-        let mut free = (0..=u32::MAX).map(GroupId);
-        let id = free
-            .find(|id| !self.0.contains_key(id))
-            .ok_or(Error::Busy)?;
+        let id = GroupId(self.registered);
+        self.registered = self.registered.checked_add(1).ok_or(Error::Busy)?;
         let group = Group {
             nid,
             kind,
@@ -90,7 +91,7 @@ impl Groups {
             present_movable_pages: 0,
             block_count: 0,
         };
-        self.0.insert(id, group);
+        self.groups.insert(id, group);
         Ok(id)
     }
 
@@ -103,7 +104,7 @@ impl Groups {
         if self.get(id)?.block_count > 0 {
             return Err(Error::Busy);
         }
-        self.0.remove(&id);
+        self.groups.remove(&id);
         Ok(())
     }
 
@@ -113,16 +114,16 @@ impl Groups {
     ///
     /// [`Error::Invalid`] if there is no such group.
     pub(super) fn get(&self, id: GroupId) -> Result<&Group, Error> {
-        self.0.get(&id).ok_or(Error::Invalid)
+        self.groups.get(&id).ok_or(Error::Invalid)
     }
 
     /// All groups.
     pub(super) fn iter(&self) -> impl Iterator<Item = (GroupId, &Group)> {
-        self.0.iter().map(|(id, group)| (*id, group))
+        self.groups.iter().map(|(id, group)| (*id, group))
     }
 
     fn get_mut(&mut self, id: GroupId) -> Result<&mut Group, Error> {
-        self.0.get_mut(&id).ok_or(Error::Invalid)
+        self.groups.get_mut(&id).ok_or(Error::Invalid)
     }
 
     /// The dynamic groups, of one node or of all, other than `own`: those that share with it what boot memory
@@ -132,7 +133,7 @@ impl Groups {
         nid: Option<u32>,
         own: Option<GroupId>,
     ) -> impl Iterator<Item = &Group> {
-        let others = self.0.iter().filter(move |(id, _)| Some(**id) != own);
+        let others = self.groups.iter().filter(move |(id, _)| Some(**id) != own);
         let groups = others.map(|(_, group)| group);
         groups.filter(move |group| group.is_dynamic() && nid.is_none_or(|nid| nid == group.nid))
     }
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn group_stays_while_it_has_memory_blocks_and_its_id_is_used_again() {
+    fn group_stays_while_it_has_memory_blocks_and_its_id_is_never_used_again() {
         let mut groups = Groups::default();
         let first = groups.register_static(0, BLOCK).unwrap();
         let second = groups.register_static(0, BLOCK).unwrap();
@@ -212,8 +213,8 @@ mod tests {
         assert_eq!(groups.unregister(first), Err(Error::Invalid));
         assert_eq!(groups.block_added(first), Err(Error::Invalid));
         assert_eq!(groups.account(first, true, 0), Err(Error::Invalid));
-        assert_eq!(groups.register_static(1, BLOCK), Ok(first));
-        assert_eq!(groups.get(first).unwrap().nid, 1);
+        assert_ne!(groups.register_static(1, BLOCK), Ok(first));
+        assert_eq!(groups.get(first), Err(Error::Invalid));
     }
 
     #[test]

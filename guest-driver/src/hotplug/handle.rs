@@ -34,14 +34,13 @@ impl PageHandle {
 pub(super) struct Held {
     /// Page frame number, or [`Self::LOST`]; meaningless while `generation` is not current.
     pfn: u64,
+    generation: u32,
     /// How many pins there are. A slot without a page has none.
     pins: u32,
-    generation: u32,
+    mobility: Mobility,
 }
 
 impl Held {
-    /// Pins of a page that is pinned for good.
-    const UNMOVABLE: u32 = u32::MAX;
     /// No page frame has this number: the page broke.
     const LOST: u64 = u64::MAX;
 
@@ -51,18 +50,17 @@ impl Held {
     }
 
     pub(super) fn mobility(&self) -> Mobility {
-        match self.pins {
-            Self::UNMOVABLE => Mobility::Unmovable,
-            _ => Mobility::Movable,
-        }
+        self.mobility
     }
 
+    /// Whether somebody may have a pointer to it.
     pub(super) fn is_pinned(&self) -> bool {
         self.pins != 0
     }
 
-    fn is_unmovable(&self) -> bool {
-        self.pins == Self::UNMOVABLE
+    /// Whether it has to stay where it is for now.
+    pub(super) fn is_fixed(&self) -> bool {
+        self.is_pinned() || self.mobility == Mobility::Unmovable
     }
 }
 
@@ -75,6 +73,11 @@ pub(super) struct Handles {
 }
 
 impl Handles {
+    /// Bytes on the heap.
+    pub(super) fn heap_bytes(&self) -> usize {
+        self.slots.capacity() * size_of::<Held>() + self.vacant.capacity() * size_of::<u32>()
+    }
+
     /// Number of pages that have a handle.
     pub(super) fn count(&self) -> usize {
         self.slots.len() - self.vacant.len() - self.lost
@@ -105,22 +108,20 @@ impl Handles {
 
     /// Names the page `pfn` with the handle whose index [`reserve`](Self::reserve) returned.
     pub(super) fn insert(&mut self, pfn: u64, mobility: Mobility) -> PageHandle {
-        let pins = match mobility {
-            Mobility::Movable => 0,
-            Mobility::Unmovable => Held::UNMOVABLE,
-        };
         let (index, generation) = match self.vacant.pop() {
             Some(index) => {
                 let slot = &mut self.slots[index as usize];
                 slot.pfn = pfn;
-                slot.pins = pins;
+                slot.pins = 0;
+                slot.mobility = mobility;
                 (index, slot.generation)
             }
             None => {
                 self.slots.push(Held {
                     pfn,
-                    pins,
                     generation: 0,
+                    pins: 0,
+                    mobility,
                 });
                 (self.slots.len() as u32 - 1, 0)
             }
@@ -158,22 +159,15 @@ impl Handles {
     pub(super) fn pin(&mut self, handle: PageHandle) -> Result<u64, Error> {
         let held = self.get(handle)?;
         let pfn = held.pfn().ok_or(Error::HwPoison)?;
-        if !held.is_unmovable() {
-            // One pin short of UNMOVABLE is where counting ends.
-            if held.pins == Held::UNMOVABLE - 1 {
-                return Err(Error::Busy);
-            }
-            self.slots[handle.index as usize].pins += 1;
-        }
+        let pins = held.pins.checked_add(1).ok_or(Error::Busy)?;
+        self.slots[handle.index as usize].pins = pins;
         Ok(pfn)
     }
 
     pub(super) fn unpin(&mut self, handle: PageHandle) -> Result<(), Error> {
         let held = self.get(handle)?;
-        if !held.is_unmovable() {
-            let pins = held.pins.checked_sub(1).ok_or(Error::Invalid)?;
-            self.slots[handle.index as usize].pins = pins;
-        }
+        let pins = held.pins.checked_sub(1).ok_or(Error::Invalid)?;
+        self.slots[handle.index as usize].pins = pins;
         Ok(())
     }
 }

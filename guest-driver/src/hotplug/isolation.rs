@@ -7,8 +7,11 @@
     reason = "the contents of a page are copied when it is moved"
 )]
 
+use alloc::collections::BTreeMap;
 use core::ops::Range;
+use core::sync::atomic::{AtomicU64, Ordering};
 
+use super::memory_block::MemoryBlock;
 use super::notifier::MemoryAction;
 use super::page::{Memmap, Page};
 use super::physical_memory::copy_page;
@@ -19,12 +22,20 @@ use super::{BlockState, Error, Hotplug, Mobility, PhysicalMemory, Step, ZoneKind
 const PASSES_MOVABLE: u32 = 5;
 const PASSES_KERNEL: u32 = 1;
 
-/// A range that is being emptied: its free pages are not allocated.
+/// Names a range that is being emptied: its free pages are not allocated.
 ///
-/// Must be given back with [`Hotplug::commit`] or [`Hotplug::cancel`].
+/// Must be given back with [`Hotplug::commit`] or [`Hotplug::cancel`]; one that was lost is still among
+/// [`Hotplug::isolations`]. Names are never used twice, by no [`Hotplug`].
 #[must_use = "the range stays isolated until it is committed or cancelled"]
-#[derive(Debug)]
-pub struct Isolation {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isolation(u64);
+
+/// The name of the next isolation, anywhere.
+static NEXT_ISOLATION: AtomicU64 = AtomicU64::new(0);
+
+/// A range that is being emptied.
+#[derive(Clone, Debug)]
+struct Ongoing {
     purpose: Purpose,
     pageblocks: Range<u64>,
     /// The next page to look at.
@@ -33,6 +44,10 @@ pub struct Isolation {
     blocked: bool,
     passes_left: u32,
 }
+
+/// All ranges that are being emptied.
+#[derive(Debug, Default)]
+pub(super) struct Isolations(BTreeMap<u64, Ongoing>);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Purpose {
@@ -61,7 +76,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// [`Error::NoMemory`] if there are not enough pages elsewhere.
     pub fn isolate(&mut self, start: u64, size: u64) -> Result<Isolation, Error> {
         let pageblocks = self.pageblocks(start, size)?;
-        self.start_isolation(pageblocks, Purpose::Take)
+        self.check_isolation(&pageblocks, Purpose::Take)?;
+        self.check_room(&pageblocks)?;
+        Ok(self.start_isolation(pageblocks, Purpose::Take))
     }
 
     /// Starts to empty memory block `id` so that it can go offline.
@@ -72,15 +89,17 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// cannot be taken offline at all; whatever a notifier objects with; otherwise like [`isolate`](Self::isolate), but
     /// withheld and poisoned pages do not matter.
     pub fn isolate_block(&mut self, id: u64) -> Result<Isolation, Error> {
-        let block = self.blocks.get(&id).copied().ok_or(Error::Invalid)?;
-        let whole = block.ram_pages == self.block_pages();
-        let possible = self.config.hot_remove && block.zone.is_some() && whole;
-        if block.state != BlockState::Online || !possible {
-            return Err(Error::Invalid);
+        self.isolate_offlinable(id, false)
+    }
+
+    fn isolate_offlinable(&mut self, id: u64, wants_room: bool) -> Result<Isolation, Error> {
+        let (block, pageblocks) = self.offlinable(id)?;
+        let purpose = Purpose::Offline(id);
+        self.check_isolation(&pageblocks, purpose)?;
+        if wants_room {
+            self.check_room(&pageblocks)?;
         }
-        let mut pageblocks = self.pageblocks_of_block(id);
-        pageblocks.start = self.pageblock_of(self.pages_of_block(id).start + block.memmap_pages);
-        let isolation = self.start_isolation(pageblocks, Purpose::Offline(id))?;
+        let isolation = self.start_isolation(pageblocks, purpose);
         self.set_block_state(id, BlockState::GoingOffline);
         let event = self.event(id, &block, MemoryAction::GoingOffline);
         if let Err(veto) = self.notifiers.ask(&event) {
@@ -90,18 +109,54 @@ impl<M: PhysicalMemory> Hotplug<M> {
         Ok(isolation)
     }
 
-    /// Moves at most `max_pages` pages out of the range.
+    /// Takes memory block `id` offline: everything in use is moved elsewhere. Withheld pages do not matter.
     ///
-    /// Pinned pages are passed over and looked at again in the next pass, of which there are five in Movable and one in
-    /// kernel zones.
+    /// Where Linux would try for ever, this gives up, before it has moved anything if there is no room;
+    /// [`isolate_block`](Self::isolate_block) leaves that to the caller.
     ///
     /// # Errors
     ///
-    /// [`Error::Busy`] if pages are still pinned after the last pass, [`Error::NoMemory`] if there is no page to
-    /// move one to. The range stays isolated; the caller cancels.
-    pub fn migrate(
+    /// Those of [`isolate_block`](Self::isolate_block) and [`migrate`](Self::migrate). The block is online as before
+    /// then.
+    pub fn offline(&mut self, id: u64) -> Result<(), Error> {
+        let isolation = self.isolate_offlinable(id, true)?;
+        self.empty(isolation)
+    }
+
+    /// Memory block `id` and those of its pageblocks that have to be emptied, if it may go offline at all.
+    fn offlinable(&self, id: u64) -> Result<(MemoryBlock, Range<u64>), Error> {
+        let block = self.blocks.get(&id).copied().ok_or(Error::Invalid)?;
+        let whole = block.ram_pages == self.block_pages();
+        let possible = self.config.hot_remove && block.zone.is_some() && whole;
+        if block.state != BlockState::Online || !possible {
+            return Err(Error::Invalid);
+        }
+        let mut pageblocks = self.pageblocks_of_block(id);
+        pageblocks.start = self.pageblock_of(self.pages_of_block(id).start + block.memmap_pages);
+        Ok((block, pageblocks))
+    }
+
+    /// Moves at most `max_pages` pages out of the range.
+    ///
+    /// Pages that are pinned, or that cannot be moved for the moment, are passed over and looked at again in the next
+    /// pass. There are five passes; one, where a range in a kernel zone is to be taken.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Busy`] if there are such pages after the last pass; [`Error::NoMemory`] if there is no page to move one
+    /// to: it can go on when there is. The range stays isolated, and the caller cancels when it has had enough.
+    /// [`Error::Invalid`] for what is not being emptied any more.
+    pub fn migrate(&mut self, isolation: &Isolation, max_pages: u32) -> Result<Migration, Error> {
+        let ongoing = self.isolations.0.get(&isolation.0).cloned();
+        let mut ongoing = ongoing.ok_or(Error::Invalid)?;
+        let result = self.migrate_some(&mut ongoing, max_pages);
+        self.isolations.0.insert(isolation.0, ongoing);
+        result
+    }
+
+    fn migrate_some(
         &mut self,
-        isolation: &mut Isolation,
+        isolation: &mut Ongoing,
         max_pages: u32,
     ) -> Result<Migration, Error> {
         let pages = u64::from(self.config.profile.pageblock_pages());
@@ -121,12 +176,15 @@ impl<M: PhysicalMemory> Hotplug<M> {
                     return Ok(Migration::More);
                 }
                 budget -= 1;
-                match self.migrate_away(isolation.cursor, handle)? {
-                    Some(to) => {
+                // Offlining leaves the node, if it can; taking a range does not.
+                let leave_node = isolation.purpose != Purpose::Take;
+                match self.migrate_away(isolation.cursor, handle, leave_node) {
+                    Ok(to) => {
                         self.handles.move_to(handle, to);
                         self.put_page(isolation.cursor, Mobility::Movable);
                     }
-                    None => isolation.blocked = true,
+                    Err(Error::Busy | Error::Again) => isolation.blocked = true,
+                    Err(error) => return Err(error),
                 }
             }
             isolation.cursor += 1;
@@ -148,10 +206,12 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// # Errors
     ///
     /// [`Error::Busy`] if it is not empty yet, or pages are to be taken and one of them broke meanwhile; everything is
-    /// undone then.
+    /// undone then. [`Error::Invalid`] for what is not being emptied any more.
     pub fn commit(&mut self, isolation: Isolation) -> Result<(), Error> {
-        let takes = isolation.purpose == Purpose::Take;
-        let in_use = isolation.pageblocks.clone().any(|pageblock| {
+        let ongoing = self.isolations.0.get(&isolation.0).cloned();
+        let ongoing = ongoing.ok_or(Error::Invalid)?;
+        let takes = ongoing.purpose == Purpose::Take;
+        let in_use = ongoing.pageblocks.clone().any(|pageblock| {
             let (memmap, index) = self.present(pageblock);
             let counts = &memmap.pageblocks[index];
             counts.held > 0 || (takes && counts.poisoned > 0)
@@ -162,15 +222,20 @@ impl<M: PhysicalMemory> Hotplug<M> {
             self.cancel(isolation);
             return Err(error);
         }
-        match isolation.purpose {
-            Purpose::Take => self.set_withheld(isolation.pageblocks, true),
+        self.isolations.0.remove(&isolation.0);
+        match ongoing.purpose {
+            Purpose::Take => self.set_withheld(ongoing.pageblocks, true),
             Purpose::Offline(id) => self.set_block_offline(id),
         }
         Ok(())
     }
 
-    /// Lets the pages of the range be allocated again. Pages that were moved stay where they are.
+    /// Lets the pages of the range be allocated again. Pages that were moved stay where they are. What is not being
+    /// emptied any more is left alone.
     pub fn cancel(&mut self, isolation: Isolation) {
+        let Some(isolation) = self.isolations.0.remove(&isolation.0) else {
+            return;
+        };
         for pageblock in isolation.pageblocks {
             self.modify(pageblock, |memmap, index| {
                 memmap.pageblocks[index].isolated = false;
@@ -270,61 +335,92 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
     }
 
-    fn start_isolation(
-        &mut self,
-        pageblocks: Range<u64>,
-        purpose: Purpose,
-    ) -> Result<Isolation, Error> {
+    /// Refuses a range that cannot be emptied, whatever room there is.
+    fn check_isolation(&mut self, pageblocks: &Range<u64>, purpose: Purpose) -> Result<(), Error> {
         self.faults.reach(Step::Isolate)?;
-        let mut held = 0;
-        let mut free = 0;
-        let mut passes = PASSES_MOVABLE;
         for pageblock in pageblocks.clone() {
-            let (number, index) = self.locate(pageblock);
-            let section = self.sections.get(&number).filter(|s| s.online);
-            let memmap = section.and_then(|section| section.memmap.as_ref());
-            let memmap = memmap.ok_or(Error::Invalid)?;
-            let counts = &memmap.pageblocks[index];
-            let zone = counts.zone.ok_or(Error::Invalid)?;
-            if counts.isolated || !can_be_emptied(memmap, index, purpose) {
+            let (memmap, index) = self.online_pageblock(pageblock)?;
+            if !can_be_emptied(memmap, index, purpose) {
                 return Err(Error::Busy);
             }
-            if zone.kind != ZoneKind::Movable && purpose == Purpose::Take {
-                passes = PASSES_KERNEL;
-            }
-            held += u64::from(counts.held);
-            free += u64::from(counts.free);
         }
-        let allocatable = self.counts().allocatable;
-        if held > allocatable - free {
-            return Err(Error::NoMemory);
-        }
+        Ok(())
+    }
+
+    /// The metadata of a pageblock that is in a zone.
+    fn online_pageblock(&self, pageblock: u64) -> Result<(&Memmap, usize), Error> {
+        let (number, index) = self.locate(pageblock);
+        let section = self.sections.get(&number).filter(|s| s.online);
+        let memmap = section.and_then(|section| section.memmap.as_ref());
+        let memmap = memmap.filter(|memmap| memmap.pageblocks[index].zone.is_some());
+        Ok((memmap.ok_or(Error::Invalid)?, index))
+    }
+
+    /// Refuses if there are not enough pages elsewhere for those in use in a range that can be isolated.
+    fn check_room(&self, pageblocks: &Range<u64>) -> Result<(), Error> {
+        let (mut held, mut free) = (0, 0);
         for pageblock in pageblocks.clone() {
-            self.modify(pageblock, |memmap, index| {
-                memmap.pageblocks[index].isolated = true;
-            });
+            let (memmap, index) = self.present(pageblock);
+            held += u64::from(memmap.pageblocks[index].held);
+            free += u64::from(memmap.pageblocks[index].free);
         }
-        Ok(Isolation {
+        match held <= self.counts().allocatable - free {
+            true => Ok(()),
+            false => Err(Error::NoMemory),
+        }
+    }
+
+    /// Nothing in here can fail.
+    fn start_isolation(&mut self, pageblocks: Range<u64>, purpose: Purpose) -> Isolation {
+        let mut passes_left = PASSES_MOVABLE;
+        for pageblock in pageblocks.clone() {
+            let kind = self.modify(pageblock, |memmap, index| {
+                memmap.pageblocks[index].isolated = true;
+                memmap.pageblocks[index].zone.map(|zone| zone.kind)
+            });
+            if kind != Some(ZoneKind::Movable) && purpose == Purpose::Take {
+                passes_left = PASSES_KERNEL;
+            }
+        }
+        let id = NEXT_ISOLATION.fetch_add(1, Ordering::Relaxed);
+        let ongoing = Ongoing {
             purpose,
             cursor: pageblocks.start * u64::from(self.config.profile.pageblock_pages()),
             pageblocks,
             blocked: false,
-            passes_left: passes,
-        })
+            passes_left,
+        };
+        self.isolations.0.insert(id, ongoing);
+        Isolation(id)
     }
 
     /// Copies a held page to where there is room, for the handle with this index, which then names neither yet: the
-    /// caller moves it on and decides what becomes of the old page. `None` if it is pinned.
-    pub(super) fn migrate_away(&mut self, from: u64, handle: u32) -> Result<Option<u64>, Error> {
-        if self.handles.by_index(handle).is_pinned() {
+    /// caller moves it on and decides what becomes of the old page.
+    ///
+    /// With `leave_node` other nodes come first (Linux: `do_migrate_range`, which does without the own node even if no
+    /// other has room), else the own one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Busy`] if it is pinned, [`Error::NoMemory`] if there is no room.
+    pub(super) fn migrate_away(
+        &mut self,
+        from: u64,
+        handle: u32,
+        leave_node: bool,
+    ) -> Result<u64, Error> {
+        if self.handles.by_index(handle).is_fixed() {
             self.statistics.pages_pinned += 1;
-            return Ok(None);
+            return Err(Error::Busy);
         }
         self.faults.reach(Step::Migrate)?;
         let (memmap, index) = self.present(self.pageblock_of(from));
         let nid = memmap.pageblocks[index].zone.map_or(0, |zone| zone.nid);
-        let target = self.nodes.pick_target(nid).ok_or(Error::NoMemory)?;
-        Ok(Some(self.copy_to(from, handle, target)))
+        let target = match leave_node {
+            true => self.nodes.pick_elsewhere(nid),
+            false => self.nodes.pick(nid, Mobility::Movable),
+        };
+        Ok(self.copy_to(from, handle, target.ok_or(Error::NoMemory)?))
     }
 
     /// Moves a page that is not pinned to a pageblock that has free ones.
@@ -335,7 +431,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
     }
 
     fn copy_to(&mut self, from: u64, handle: u32, target: u64) -> u64 {
-        debug_assert!(!self.handles.by_index(handle).is_pinned());
+        debug_assert!(!self.handles.by_index(handle).is_fixed());
         let to = self.take_page(target, handle, Mobility::Movable);
         let page_shift = self.config.profile.page_shift;
         // SAFETY: Both frames are held by this handle, in online sections, and different, because `from` is
@@ -358,6 +454,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
 fn can_be_emptied(memmap: &Memmap, index: usize, purpose: Purpose) -> bool {
     let counts = &memmap.pageblocks[index];
     let pages = memmap.pageblock_pages;
+    if counts.isolated {
+        return false;
+    }
     let movable = counts.unmovable == 0 && counts.reserved(pages) == 0 && counts.absent == 0;
     // Memory for contiguous allocations is emptied for those, not for offlining.
     let wanted = match purpose {
@@ -365,4 +464,11 @@ fn can_be_emptied(memmap: &Memmap, index: usize, purpose: Purpose) -> bool {
         Purpose::Offline(_) => counts.class != super::page::Class::Cma,
     };
     movable && wanted
+}
+
+impl<M> Hotplug<M> {
+    /// All ranges that are being emptied.
+    pub fn isolations(&self) -> impl Iterator<Item = Isolation> + '_ {
+        self.isolations.0.keys().map(|id| Isolation(*id))
+    }
 }

@@ -20,7 +20,7 @@ use core::ops::Range;
 use super::group::GroupId;
 use super::memory_block::{AddMemory, Target};
 use super::resource::{Owner, ResourceFlags};
-use super::{Error, Hotplug, PhysicalMemory};
+use super::{Error, Hotplug, PhysicalMemory, Profile};
 
 /// The name of such memory in the resources.
 const RESOURCE_NAME: &str = "System RAM (kmem)";
@@ -41,7 +41,7 @@ pub struct KmemDevice<'a> {
 }
 
 /// The memory of a device that is System RAM now; it has to be given back with [`Hotplug::remove_kmem`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Kmem {
     name: String,
     owner: Owner,
@@ -83,23 +83,23 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if the node is not possible, or no range has a whole memory block in it. [`Error::Busy`] if
+    /// [`Error::Invalid`] if the node is not possible, no range has a whole memory block in it, or there is more than can
+    /// be counted. [`Error::Busy`] if
     /// somebody has the first range, and those of [`add_memory`](Self::add_memory): nothing has changed then. Once
     /// a range has been added, others that cannot be are [left out](Kmem::refused).
     pub fn add_kmem(&mut self, device: &KmemDevice<'_>) -> Result<Kmem, Error> {
         let profile = self.config.profile;
-        let size = |range: &Range<u64>| range.end.saturating_sub(range.start);
-        let trimmed = |range: &Range<u64>| profile.whole_memory_blocks(range.clone());
-        let total: u64 = device
-            .ranges
-            .iter()
-            .map(|range| size(&trimmed(range)))
-            .sum();
+        let sum = |counted: fn(&Profile, &Range<u64>) -> u64| {
+            let mut sizes = device.ranges.iter().map(|range| counted(&profile, range));
+            let sum = sizes.try_fold(0, u64::checked_add);
+            sum.ok_or(Error::Invalid)
+        };
+        let all = sum(|_, range| range_size(range))?;
+        let total = sum(|profile, range| range_size(&profile.whole_memory_blocks(range.clone())))?;
         self.possible(device.nid)?;
         if total == 0 {
             return Err(Error::Invalid);
         }
-        let all: u64 = device.ranges.iter().map(size).sum();
         let mut kmem = Kmem {
             name: name_of(device)?,
             owner: device.owner,
@@ -192,6 +192,10 @@ impl<M: PhysicalMemory> Hotplug<M> {
             None => self.unregister_group(kmem.group),
         }
     }
+}
+
+fn range_size(range: &Range<u64>) -> u64 {
+    range.end.saturating_sub(range.start)
 }
 
 fn name_of(device: &KmemDevice<'_>) -> Result<String, Error> {

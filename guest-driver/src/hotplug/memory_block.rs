@@ -196,15 +196,16 @@ impl<M: PhysicalMemory> Hotplug<M> {
         let withheld = &request.withheld;
         let withheld = match withheld.is_empty() {
             true => 0..0,
+            false if withheld.start < start || withheld.end > start + size => {
+                return Err(Error::Invalid);
+            }
             false => self.pageblocks(withheld.start, withheld.end - withheld.start)?,
         };
         let (nid, group) = match request.target {
             Target::Node(nid) => (nid, None),
             Target::Group(id) => (self.groups.get(id)?.nid, Some(id)),
         };
-        if nid >= self.config.possible_nodes {
-            return Err(Error::Invalid);
-        }
+        self.possible(nid)?;
         self.faults.reach(Step::Node)?;
         self.faults.reach(Step::Mapping)?;
         let memmap_pages = match request.memmap_on_memory && withheld.is_empty() {
@@ -261,11 +262,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
             }
         }
         for pageblock in withheld {
-            if blocks.contains(&self.block_of_pageblock(pageblock)) {
-                self.modify(pageblock, |memmap, index| {
-                    memmap.pageblocks[index].withheld = true;
-                });
-            }
+            self.modify(pageblock, |memmap, index| {
+                memmap.pageblocks[index].withheld = true;
+            });
         }
         Ok(())
     }
@@ -504,24 +503,10 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
     }
 
-    /// Takes memory block `id` offline: everything in use is moved elsewhere. Withheld pages do not matter.
-    ///
-    /// Where Linux would try for ever, this gives up; [`isolate_block`](Self::isolate_block) leaves that to the caller.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Invalid`] if there is no such block, it is not online, is in several zones or has holes, or memory
-    /// cannot be taken offline at all; [`Error::Busy`] if a page in it cannot be moved, [`Error::NoMemory`] if there is
-    /// no page to move one to; and whatever a notifier objects with. The block is online as before then.
-    pub fn offline(&mut self, id: u64) -> Result<(), Error> {
-        let isolation = self.isolate_block(id)?;
-        self.empty(isolation)
-    }
-
     /// Works on `isolation` until it is committed, or cancelled on failure.
-    pub(super) fn empty(&mut self, mut isolation: Isolation) -> Result<(), Error> {
+    pub(super) fn empty(&mut self, isolation: Isolation) -> Result<(), Error> {
         loop {
-            match self.migrate(&mut isolation, u32::MAX) {
+            match self.migrate(&isolation, u32::MAX) {
                 Ok(Migration::More) => {}
                 Ok(Migration::Done) => return self.commit(isolation),
                 Err(error) => {

@@ -131,6 +131,7 @@ pub struct Hotplug<M> {
     groups: Groups,
     device_ranges: device_memory::DeviceRanges,
     handles: Handles,
+    isolations: isolation::Isolations,
     notifiers: notifier::Notifiers,
     uevents: Option<uevent::UeventSink>,
     faults: fault::Faults,
@@ -176,6 +177,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
             groups: Groups::default(),
             device_ranges: device_memory::DeviceRanges::default(),
             handles: Handles::default(),
+            isolations: isolation::Isolations::default(),
             notifiers: notifier::Notifiers::default(),
             uevents: None,
             faults: fault::Faults::default(),
@@ -305,10 +307,14 @@ impl<M> Hotplug<M> {
         self.statistics
     }
 
-    /// Bytes of the heap that page metadata takes; what it is charged in pages is not in it.
+    /// Bytes of the heap that page metadata takes, with the handles of allocated pages; what it is charged in pages is not
+    /// in it, nor are the allocator's sets of pageblocks.
     pub fn metadata_bytes(&self) -> usize {
         let memmaps = self.sections.values().filter_map(|s| s.memmap.as_ref());
+        let charged = self.sections.values().map(|s| s.charged.capacity());
         memmaps.map(Memmap::heap_bytes).sum::<usize>()
+            + charged.sum::<usize>() * size_of::<PageHandle>()
+            + self.handles.heap_bytes()
             + self.sections.len() * size_of::<Section>()
             + self.blocks.len() * size_of::<MemoryBlock>()
     }

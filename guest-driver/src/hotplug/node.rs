@@ -234,9 +234,8 @@ impl Nodes {
             .find_map(|node| Self::pick_in(node, mobility))
     }
 
-    /// The pageblock to move a page of node `nid` to: on another node, else on the same (Linux:
-    /// `alloc_migration_target`).
-    pub(super) fn pick_target(&self, nid: u32) -> Option<u64> {
+    /// The pageblock to move a page of node `nid` to: on another node, else on the same.
+    pub(super) fn pick_elsewhere(&self, nid: u32) -> Option<u64> {
         let others = self.0.iter().filter(|(other, _)| **other != nid);
         others
             .chain(self.0.get_key_value(&nid))

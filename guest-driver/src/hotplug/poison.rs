@@ -19,7 +19,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
             return Err(Error::HwPoison);
         }
         self.poison(address, Error::Busy, |hotplug, pfn, handle| {
-            if hotplug.handles.by_index(handle).is_pinned() {
+            if hotplug.handles.by_index(handle).is_fixed() {
                 return Err(Error::Busy);
             }
             hotplug.handles.lose(handle);
@@ -45,7 +45,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
                 return Err(Error::Io);
             }
             // It must not become free in between.
-            let to = hotplug.migrate_away(pfn, handle)?.ok_or(Error::Busy)?;
+            let to = hotplug.migrate_away(pfn, handle, false)?;
             hotplug.handles.move_to(handle, to);
             hotplug.retire(pfn);
             Ok(())

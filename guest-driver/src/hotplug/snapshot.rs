@@ -37,7 +37,11 @@ impl<M> Hotplug<M> {
             sections: self.sections().collect(),
             zones: self.zones().collect(),
             nodes: self.nodes().collect(),
-            groups: alloc::format!("{:?}", self.groups),
+            groups: self
+                .groups
+                .iter()
+                .map(|group| alloc::format!("{group:?}\n"))
+                .collect(),
             devices: self
                 .device_memory()
                 .map(|range| alloc::format!("{range:?}\n"))

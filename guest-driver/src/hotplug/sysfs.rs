@@ -89,8 +89,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
                 Ok(())
             }
             "probe" => self.probe(parse_u64(line)?),
-            "soft_offline_page" => self.soft_offline_page(parse_u64(line)?),
-            "hard_offline_page" => self.hard_offline_page(parse_u64(line)?),
+            "soft_offline_page" => self.soft_offline_page(parse_address(line)?),
+            "hard_offline_page" => self.hard_offline_page(parse_address(line)?),
             _ => Err(Error::NotFound),
         }
     }
@@ -158,4 +158,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
         let id = digits.parse::<u64>().ok()?;
         (id.to_string() == digits).then_some((id, name))
     }
+}
+
+/// An address for the files that say of any wrong number that it is invalid.
+fn parse_address(text: &str) -> Result<u64, Error> {
+    parse_u64(text).map_err(|_| Error::Invalid)
 }

@@ -5,7 +5,8 @@ mod memory;
 mod random;
 
 use virtio_mem_driver::hotplug::{
-    AddMemory, BlockState, Error, Hotplug, Migration, Mobility, OnlineType, Owner, Profile,
+    AddMemory, BlockState, Error, Fault, Hotplug, Migration, Mobility, OnlineType, Owner, Profile,
+    Step,
 };
 
 use memory::{BLOCK, HostMemory, PAGE, PAGEBLOCK, SMALL, START, read, write};
@@ -308,4 +309,105 @@ fn errors_have_the_names_linux_gives_them() {
     let names =
         [Error::Invalid, Error::Exists, Error::Busy, Error::NoMemory].map(Error::errno_name);
     assert_eq!(names, ["EINVAL", "EEXIST", "EBUSY", "ENOMEM"]);
+}
+
+#[test]
+fn pinned_page_is_not_freed_even_if_it_can_never_be_moved() {
+    let mut hotplug = online(2);
+    let page = hotplug.allocate(Mobility::Unmovable).unwrap();
+    hotplug.pin(page).unwrap();
+    assert_eq!(hotplug.free(page), Err(Error::Busy));
+    hotplug.unpin(page).unwrap();
+    assert_eq!(hotplug.unpin(page), Err(Error::Invalid));
+    hotplug.free(page).unwrap();
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn isolation_of_another_machine_or_one_that_is_over_is_refused() {
+    let mut hotplug = online(2);
+    let mut other = online(2);
+    let isolation = hotplug.isolate(START, PAGEBLOCK).unwrap();
+    assert_eq!(other.migrate(&isolation, 1), Err(Error::Invalid));
+    assert_eq!(other.commit(isolation), Err(Error::Invalid));
+    other.cancel(isolation);
+    hotplug.commit(isolation).unwrap();
+    assert_eq!(hotplug.migrate(&isolation, 1), Err(Error::Invalid));
+    assert_eq!(hotplug.commit(isolation), Err(Error::Invalid));
+    hotplug.cancel(isolation);
+    assert_eq!(hotplug.counts().managed, 2 * BLOCK_PAGES - 4);
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn isolation_that_was_lost_can_be_cancelled() {
+    let mut hotplug = online(2);
+    let _lost = hotplug.isolate_block(FIRST).unwrap();
+    let found: Vec<_> = hotplug.isolations().collect();
+    assert_eq!(found.len(), 1);
+    hotplug.cancel(found[0]);
+    assert_eq!(hotplug.block_state(FIRST), Some(BlockState::Online));
+    assert_eq!(hotplug.isolations().count(), 0);
+}
+
+#[test]
+fn block_is_going_offline_until_there_is_room_for_what_is_in_it() {
+    let mut hotplug = online(2);
+    let pages: Vec<_> = (0..BLOCK_PAGES * 3 / 2)
+        .map(|_| hotplug.allocate(Mobility::Movable).unwrap())
+        .collect();
+    assert_eq!(hotplug.offline(FIRST), Err(Error::NoMemory));
+    let isolation = hotplug.isolate_block(FIRST).unwrap();
+    assert_eq!(hotplug.migrate(&isolation, u32::MAX), Err(Error::NoMemory));
+    assert_eq!(hotplug.block_state(FIRST), Some(BlockState::GoingOffline));
+    for page in pages.iter().rev().take(BLOCK_PAGES as usize / 2) {
+        hotplug.free(*page).unwrap();
+    }
+    assert_eq!(hotplug.migrate(&isolation, u32::MAX), Ok(Migration::Done));
+    hotplug.commit(isolation).unwrap();
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn page_that_cannot_be_moved_for_a_moment_is_moved_in_a_later_pass() {
+    let mut hotplug = online(2);
+    hotplug.allocate(Mobility::Movable).unwrap();
+    for _ in 0..4 {
+        hotplug.inject(Fault {
+            step: Step::Migrate,
+            skip: 0,
+            error: Error::Busy,
+        });
+    }
+    hotplug.offline(FIRST).unwrap();
+    assert_eq!(hotplug.clear_faults(), 0);
+    assert_eq!(hotplug.statistics().pages_migrated, 1);
+}
+
+#[test]
+fn memory_that_was_added_in_parts_is_removed_in_one_go() {
+    let mut hotplug = Hotplug::new(SMALL, HostMemory::new()).unwrap();
+    for block in 0..3 {
+        hotplug
+            .add_memory(&AddMemory::new(START + block * BLOCK, BLOCK))
+            .unwrap();
+    }
+    hotplug
+        .remove_memory(Owner::PROBE, START, 2 * BLOCK)
+        .unwrap();
+    assert_eq!(hotplug.blocks().count(), 1);
+    hotplug.check_invariants().unwrap();
+}
+
+#[test]
+fn withheld_part_lies_in_the_memory_that_is_added() {
+    let mut hotplug = Hotplug::new(SMALL, HostMemory::new()).unwrap();
+    for withheld in [0..1 << 40, START + BLOCK..START + 2 * BLOCK] {
+        let request = AddMemory {
+            withheld,
+            ..AddMemory::new(START, BLOCK)
+        };
+        assert_eq!(hotplug.add_memory(&request), Err(Error::Invalid));
+    }
+    assert_eq!(hotplug.blocks().count(), 0);
 }

@@ -19,7 +19,7 @@ pub(crate) struct Generator<'a> {
 }
 
 /// Errors that nothing but an injected failure has.
-const INJECTED: [Error; 3] = [Error::Io, Error::Again, Error::Interrupted];
+const INJECTED: [Error; 3] = [Error::Io, Error::NotPermitted, Error::Interrupted];
 
 impl Generator<'_> {
     fn profile(&self) -> Profile {

@@ -145,40 +145,43 @@ impl ResourceTree {
         Ok(())
     }
 
-    /// Takes System RAM out, cutting the resource it lies in to size or in two (Linux:
-    /// `release_mem_region_adjustable`).
+    /// Takes System RAM out, cutting the resources it lies in to size or in two (Linux:
+    /// `release_mem_region_adjustable`, which knows one resource only and leaves several as they are).
     ///
     /// Whether the caller may do that is a question for [`owns`](Self::owns).
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if the range is empty or does not lie in one resource of System RAM (Linux says
-    /// nothing then and leaves the resources as they are); [`Error::NoMemory`] if the heap is exhausted, which
-    /// does not happen while undoing an [`add_ram`](Self::add_ram) that came last.
+    /// [`Error::Invalid`] if the range is empty or not System RAM throughout; [`Error::NoMemory`] if the heap is
+    /// exhausted, which does not happen while undoing an [`add_ram`](Self::add_ram) that came last.
     pub fn remove_ram(&mut self, range: Range<u64>) -> Result<(), Error> {
         check(&range)?;
-        let is_wanted = |r: &Resource| r.is_ram() && r.contains(&range);
-        let index = self.resources.iter().position(is_wanted);
-        let index = index.ok_or(Error::Invalid)?;
+        if self.has_gaps(range.clone(), Resource::is_ram) {
+            return Err(Error::Invalid);
+        }
         self.owners.reserve(1)?;
-        let resource = &self.resources[index];
-        let before = resource.range.start..range.start;
-        let after = range.end..resource.range.end;
-        match (before.is_empty(), after.is_empty()) {
-            (true, true) => {
-                self.resources.remove(index);
-            }
-            (false, true) => self.resources[index].range = before,
-            (true, false) => self.resources[index].range = after,
-            (false, false) => {
-                let upper = Resource {
-                    range: after,
-                    name: copy(&resource.name)?,
-                    ..*resource
-                };
-                self.insert(index + 1, upper)?;
-                self.resources[index].range = before;
-            }
+        let is_cut_in_two =
+            |r: &Resource| r.is_ram() && r.range.start < range.start && range.end < r.range.end;
+        if let Some(index) = self.resources.iter().position(is_cut_in_two) {
+            let resource = &self.resources[index];
+            let upper = Resource {
+                range: range.end..resource.range.end,
+                name: copy(&resource.name)?,
+                ..*resource
+            };
+            self.insert(index + 1, upper)?;
+            self.resources[index].range.end = range.start;
+        } else {
+            self.resources.retain_mut(|r| {
+                if r.is_ram() && r.range.start < range.end && range.start < r.range.end {
+                    if r.range.start < range.start {
+                        r.range.end = range.start;
+                    } else {
+                        r.range.start = range.end.min(r.range.end);
+                    }
+                }
+                !r.range.is_empty()
+            });
         }
         self.owners.set(range, None);
         Ok(())

@@ -192,15 +192,16 @@ fn removal_cuts_a_resource_at_the_front_at_the_back_and_in_two() {
 }
 
 #[test]
-fn removal_takes_one_resource_even_if_neighbours_make_up_the_range() {
+fn removal_takes_neighbours_that_make_up_the_range() {
     let mut tree = machine(FirmwareMap::FollowsHotplug);
     for block in [0, 1] {
         tree.add_ram(blocks(block, 1), VIRTIO_MEM, driver())
             .unwrap();
     }
-    assert_eq!(tree.remove_ram(blocks(0, 2)), Err(Error::Invalid));
-    tree.remove_ram(blocks(0, 1)).unwrap();
-    assert_eq!(below_region(&tree), [blocks(1, 1)]);
+    tree.add_ram(blocks(2, 2), VIRTIO_MEM, driver()).unwrap();
+    assert_eq!(tree.remove_ram(blocks(0, 5)), Err(Error::Invalid));
+    tree.remove_ram(blocks(0, 3)).unwrap();
+    assert_eq!(below_region(&tree), [blocks(3, 1)]);
 }
 
 #[test]

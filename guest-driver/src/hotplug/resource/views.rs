@@ -146,7 +146,7 @@ impl ResourceTree {
         })
     }
 
-    fn has_gaps(&self, range: Range<u64>, counts: impl Fn(&Resource) -> bool) -> bool {
+    pub(super) fn has_gaps(&self, range: Range<u64>, counts: impl Fn(&Resource) -> bool) -> bool {
         self.gaps(range, counts).next().is_some()
     }
 }

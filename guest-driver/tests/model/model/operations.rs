@@ -244,20 +244,19 @@ impl Model {
         {
             return Err(Error::Busy);
         }
-        let index = self
-            .ram
-            .iter()
-            .position(|ram| contains(&ram.bytes, bytes))
-            .ok_or(Error::Invalid)?;
-        let whole = self.ram.remove(index);
-        for rest in [whole.bytes.start..bytes.start, bytes.end..whole.bytes.end] {
-            if !rest.is_empty() {
-                self.ram.push(Ram {
-                    bytes: rest,
-                    ..whole.clone()
-                });
+        let touched = |ram: &Ram| meet(&ram.bytes, bytes);
+        let (cut, mut left): (Vec<_>, Vec<_>) = self.ram.drain(..).partition(touched);
+        for whole in cut {
+            for rest in [whole.bytes.start..bytes.start, bytes.end..whole.bytes.end] {
+                if !rest.is_empty() {
+                    left.push(Ram {
+                        bytes: rest,
+                        ..whole.clone()
+                    });
+                }
             }
         }
+        self.ram = left;
         let sub = self.profile.sub_section_size();
         for number in bytes.start / sub..bytes.end / sub {
             self.owners.remove(&number);
@@ -360,6 +359,7 @@ impl Model {
         &mut self,
         pageblocks: Range<u64>,
         block: Option<u64>,
+        wants_room: bool,
         hint: &Hint,
         trail: &mut Trail,
     ) -> Result<Isolation, Error> {
@@ -405,7 +405,7 @@ impl Model {
             .iter()
             .filter_map(|page| page.pfn)
             .filter(|pfn| self.pageblocks[&(pfn / per)].zone.is_none());
-        if capacity > allocatable - displaced.count() as u64 {
+        if wants_room && capacity > allocatable - displaced.count() as u64 {
             return Err(Error::NoMemory);
         }
         for pageblock in pageblocks.clone() {
@@ -425,6 +425,7 @@ impl Model {
     pub(super) fn isolate_block(
         &mut self,
         id: u64,
+        wants_room: bool,
         hint: &Hint,
         trail: &mut Trail,
     ) -> Result<Isolation, Error> {
@@ -444,7 +445,7 @@ impl Model {
         }
         let mut pageblocks = self.pageblocks_of(id);
         pageblocks.start += block.memmap_pages / self.pageblock_pages();
-        let isolation = self.start_isolation(pageblocks, Some(id), hint, trail)?;
+        let isolation = self.start_isolation(pageblocks, Some(id), wants_room, hint, trail)?;
         self.blocks.get_mut(&id).expect("it was looked up").state = BlockState::GoingOffline;
         if let Err(veto) = self.notify(id, MemoryAction::GoingOffline, trail) {
             self.cancel(isolation, trail);
@@ -575,7 +576,7 @@ impl Model {
     }
 
     pub(super) fn offline(&mut self, id: u64, hint: &Hint, trail: &mut Trail) -> Outcome {
-        let isolation = self.isolate_block(id, hint, trail)?;
+        let isolation = self.isolate_block(id, true, hint, trail)?;
         self.empty(isolation, hint, trail)
     }
 
@@ -636,7 +637,7 @@ impl Model {
             }
             return Ok(());
         }
-        let isolation = self.start_isolation(pageblocks, None, hint, trail)?;
+        let isolation = self.start_isolation(pageblocks, None, true, hint, trail)?;
         self.empty(isolation, hint, trail)
     }
 
@@ -794,9 +795,7 @@ impl Model {
     pub(super) fn pin(&mut self, index: usize) -> Outcome {
         let page = &mut self.held[index];
         page.pfn.ok_or(Error::HwPoison)?;
-        if !page.unmovable {
-            page.pins += 1;
-        }
+        page.pins += 1;
         Ok(())
     }
 
@@ -823,9 +822,7 @@ impl Model {
 
     pub(super) fn unpin(&mut self, index: usize) -> Outcome {
         let page = &mut self.held[index];
-        if !page.unmovable {
-            page.pins = page.pins.checked_sub(1).ok_or(Error::Invalid)?;
-        }
+        page.pins = page.pins.checked_sub(1).ok_or(Error::Invalid)?;
         Ok(())
     }
 
@@ -1103,12 +1100,12 @@ impl Model {
             Operation::Write(file, text) => self.write(file, text, hint, trail),
             Operation::Isolate(bytes) => {
                 let pageblocks = self.whole_pageblocks(bytes)?;
-                let isolation = self.start_isolation(pageblocks, None, hint, trail)?;
+                let isolation = self.start_isolation(pageblocks, None, true, hint, trail)?;
                 self.isolations.push(isolation);
                 Ok(())
             }
             Operation::IsolateBlock(id) => {
-                let isolation = self.isolate_block(*id, hint, trail)?;
+                let isolation = self.isolate_block(*id, false, hint, trail)?;
                 self.isolations.push(isolation);
                 Ok(())
             }
