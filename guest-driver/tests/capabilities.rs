@@ -14,5 +14,7 @@ mod s0;
 mod s2;
 #[path = "capabilities/s3.rs"]
 mod s3;
+#[path = "capabilities/s4.rs"]
+mod s4;
 #[path = "capabilities/support.rs"]
 mod support;

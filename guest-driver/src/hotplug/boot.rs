@@ -31,6 +31,9 @@ pub struct Boot {
     /// Memory set aside for a driver (firmware: special purpose; Linux: `Soft Reserved`): not RAM until that
     /// [adds](Hotplug::add_kmem) it, unless [`Config::soft_reserve`] is off.
     pub special_purpose: Vec<BootRange>,
+    /// Addresses where memory may be added later, and the node it is on then (ACPI: the hot-pluggable ranges of the
+    /// SRAT).
+    pub hot_pluggable: Vec<BootRange>,
     /// Where Movable begins on a node: the node and the address, a whole pageblock's (Linux: `kernelcore`,
     /// `movablecore`, `movable_node`). On other nodes there is no Movable at boot.
     pub movable_from: Vec<(u32, u64)>,
@@ -67,6 +70,10 @@ impl<M: PhysicalMemory> Hotplug<M> {
         match config.soft_reserve {
             true => hotplug.soft_reserve(&boot.special_purpose)?,
             false => ram.extend_from_slice(&boot.special_purpose),
+        }
+        hotplug.node_ranges = [ram.as_slice(), &boot.hot_pluggable].concat();
+        for range in &boot.hot_pluggable {
+            hotplug.possible(range.nid)?;
         }
         for nid in &boot.cpu_nodes {
             hotplug.possible(*nid)?;

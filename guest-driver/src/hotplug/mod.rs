@@ -31,6 +31,7 @@
 //! [`commit`](Hotplug::commit) or [`cancel`](Hotplug::cancel).
 
 use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
 use core::fmt;
 use core::ops::Range;
 
@@ -128,6 +129,8 @@ pub struct Hotplug<M> {
     /// Each memory block, by id.
     blocks: BTreeMap<u64, MemoryBlock>,
     nodes: Nodes,
+    /// Which addresses belong to which node, as firmware had it at boot.
+    node_ranges: Vec<BootRange>,
     groups: Groups,
     device_ranges: device_memory::DeviceRanges,
     handles: Handles,
@@ -174,6 +177,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
             sections: BTreeMap::new(),
             blocks: BTreeMap::new(),
             nodes: Nodes::default(),
+            node_ranges: Vec::new(),
             groups: Groups::default(),
             device_ranges: device_memory::DeviceRanges::default(),
             handles: Handles::default(),

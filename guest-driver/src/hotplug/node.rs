@@ -401,17 +401,14 @@ impl<M> Hotplug<M> {
     fn zone_of_sub_section(&self, pfn: u64) -> Option<ZoneId> {
         let (number, index) = self.sub_section_of_pfn(pfn);
         let section = self.sections.get(&number)?;
-        if !section.active.contains(index) {
+        // A memory block may have device memory in a hole, and a pageblock larger than a sub-section beside its RAM.
+        let memmap = section.memmap.as_ref()?;
+        let device = || self.is_device_memory(pfn << self.config.profile.page_shift);
+        if !section.active.contains(index) || (section.device_taint && device()) {
             return None;
         }
         if section.online {
-            // A pageblock may be larger than a sub-section, and so shared with device memory; or smaller, and at the
-            // border of boot memory a hole.
-            if section.device_taint && self.is_device_memory(pfn << self.config.profile.page_shift)
-            {
-                return None;
-            }
-            let memmap = section.memmap.as_ref()?;
+            // A pageblock may be smaller, and at the border of boot memory a hole.
             let last = pfn + u64::from(self.config.profile.pages_per_sub_section()) - 1;
             let mut pageblocks = self.pageblock_of(pfn)..=self.pageblock_of(last);
             return pageblocks.find_map(|pageblock| {

@@ -144,11 +144,16 @@ impl<M: PhysicalMemory> Hotplug<M> {
         })
     }
 
-    /// The node an address belongs to, as far as what is there tells: that of the nearest memory block below.
+    /// The node an address belongs to, as firmware had it at boot; the first one if it did not say (Linux:
+    /// `memory_add_physaddr_to_nid`).
     fn node_of_address(&self, address: u64) -> u32 {
-        let id = address >> self.config.profile.memory_block_shift;
-        let below = self.blocks.range(..=id).next_back();
-        below.map_or(0, |(_, block)| block.nid)
+        let range = self
+            .node_ranges
+            .iter()
+            .find(|range| range.bytes.contains(&address));
+        range
+            .or(self.node_ranges.first())
+            .map_or(0, |range| range.nid)
     }
 
     /// Splits `memory37/state`. Ids are written as Linux does, without sign or leading zeros.

@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use virtio_mem_driver::hotplug::{
-    BlockState, Boot, Config, DeviceKind, Error, GroupId, MemmapOnMemory, MemmapRule, MemoryAction,
-    Migration, Mobility, OnlinePolicy, OnlineType, Owner, PageHandle, Profile, Step, ZoneKind,
-    ZoneRules,
+    BlockState, Boot, BootRange, Config, DeviceKind, Error, GroupId, MemmapOnMemory, MemmapRule,
+    MemoryAction, Migration, Mobility, OnlinePolicy, OnlineType, Owner, PageHandle, Profile, Step,
+    ZoneKind, ZoneRules,
 };
 
 use crate::operation::{Add, Injected, Operation, Target, Veto};
@@ -204,6 +204,7 @@ pub(crate) struct Model {
     boot_ram: Vec<(Range<u64>, u32)>,
     regions: Vec<Range<u64>>,
     cpu_nodes: Vec<u32>,
+    node_ranges: Vec<BootRange>,
     pub(crate) blocks: BTreeMap<u64, Block>,
     pageblocks: BTreeMap<u64, Pageblock>,
     unusual: BTreeMap<u64, Unusual>,
@@ -267,6 +268,13 @@ impl Model {
                 .map(|range| range.bytes.clone())
                 .collect(),
             cpu_nodes: boot.cpu_nodes.clone(),
+            node_ranges: boot
+                .ram
+                .iter()
+                .chain(boot.special_purpose.iter().filter(|_| !config.soft_reserve))
+                .chain(&boot.hot_pluggable)
+                .cloned()
+                .collect(),
             blocks: BTreeMap::new(),
             pageblocks: BTreeMap::new(),
             unusual: BTreeMap::new(),

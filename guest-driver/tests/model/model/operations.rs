@@ -1045,11 +1045,9 @@ impl Model {
                 if !start.is_multiple_of(self.block_size()) {
                     return Err(Error::Invalid);
                 }
-                let below = self
-                    .blocks
-                    .iter()
-                    .rfind(|(id, _)| *id * self.block_size() <= start);
-                let nid = below.map_or(0, |(_, block)| block.nid);
+                let ranges = &self.node_ranges;
+                let range = ranges.iter().find(|range| range.bytes.contains(&start));
+                let nid = range.or(ranges.first()).map_or(0, |range| range.nid);
                 let add = Add {
                     start,
                     size: self.block_size(),
