@@ -1,7 +1,11 @@
 //! Boot memory, and who may remove what.
 //!
-//! Without a test: S1-13 (metadata of huge pages that is freed): the core has no huge pages whose tail metadata could be
+//! Without a test: S1-13 (metadata of huge pages that is freed). The core has no huge pages, whose metadata could be
 //! shared; what metadata costs is in `Config::struct_page_size`.
+#![expect(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges that have one"
+)]
 #![expect(unsafe_code, reason = "physical memory some of which is not there")]
 
 use std::cell::{RefCell, UnsafeCell};
@@ -9,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use virtio_mem_driver::hotplug::{
@@ -1046,21 +1051,22 @@ fn s1_08_contiguous_memory_to_lend_is_sure_where_it_was_set_aside_and_rare_in_fr
 fn workload(machine: &mut Machine, seed: u64) {
     let mut random = Random(seed);
     let mut programs = Vec::new();
-    let mut kernel = 0;
-    for _ in 0..40 {
-        for _ in 0..2000 {
-            programs.extend(machine.allocate(Mobility::Movable));
+    for _ in 0..8 {
+        while let Ok(page) = machine.allocate(Mobility::Movable) {
+            programs.push(page);
         }
-        // Memory is nearly full while the kernel wants some.
+        // Memory is full when the kernel wants some, so that programs lose pages until it gets what it wants.
         for _ in 0..120 {
-            kernel += u32::from(machine.allocate(Mobility::Unmovable).is_ok());
+            while machine.allocate(Mobility::Unmovable).is_err() {
+                let page = programs.swap_remove(random.below(programs.len()));
+                machine.free(page).unwrap();
+            }
         }
         random.shuffle(&mut programs);
         for page in programs.drain(..programs.len() / 4) {
             machine.free(page).unwrap();
         }
     }
-    assert_eq!(kernel, 40 * 120, "everything the kernel wanted it got");
     for page in programs {
         machine.free(page).unwrap();
     }
@@ -1094,7 +1100,6 @@ fn s1_09_movable_memory_leaves_more_free_huge_pages_than_kernel_memory() {
         };
         let (free_movable, movable, of_added_movable) = huge_pages_after(OnlineType::Movable);
         let (free_kernel, kernel, of_added_kernel) = huge_pages_after(OnlineType::Kernel);
-        println!("{seed}: {movable} {kernel} {of_added_movable} {of_added_kernel}");
         // As much is free, but not as much in one piece.
         assert_eq!(free_movable, free_kernel);
         assert!(movable > kernel, "{movable} {kernel}");
@@ -1124,7 +1129,7 @@ fn s1_10_unplug_always_works_in_movable_but_for_pins_and_less_in_kernel_memory()
             if online_type == OnlineType::Kernel {
                 scatter(&mut machine, Mobility::Unmovable, unmovable, 6);
             }
-            let movable = scatter(&mut machine, Mobility::Movable, 4096, 7);
+            let movable = scatter(&mut machine, Mobility::Movable, 1024, 7);
             for page in filler {
                 machine.free(page).unwrap();
             }
@@ -1140,7 +1145,9 @@ fn s1_10_unplug_always_works_in_movable_but_for_pins_and_less_in_kernel_memory()
                 .map(|page| machine.address(*page).unwrap() / PAGEBLOCK)
                 .filter(|pageblock| *pageblock >= 8 * GIB / PAGEBLOCK)
                 .collect();
+            // From high to low, as virtio-mem does it.
             let done = (0..64)
+                .rev()
                 .filter(|index| {
                     machine
                         .fake_offline(8 * GIB + index * PAGEBLOCK, PAGEBLOCK)
@@ -1160,7 +1167,6 @@ fn s1_10_unplug_always_works_in_movable_but_for_pins_and_less_in_kernel_memory()
     let movable = unplugged(OnlineType::Movable, Pins::Short, 0);
     let kernel = unplugged(OnlineType::Kernel, Pins::Short, 0);
     let fragmented = unplugged(OnlineType::Kernel, Pins::Short, 64);
-    println!("{movable:?} {kernel:?} {fragmented:?}");
     for row in [movable, kernel, fragmented] {
         assert!(
             row.is_sorted_by(|few, many| few >= many),
@@ -1172,13 +1178,15 @@ fn s1_10_unplug_always_works_in_movable_but_for_pins_and_less_in_kernel_memory()
         (64, 64),
         "without pins or unmovable pages all of it"
     );
-    for (index, count) in movable.into_iter().enumerate() {
-        assert!(count >= kernel[index] && kernel[index] >= fragmented[index]);
-        assert!(fragmented[index] < count || count == 0);
+    for (index, pins) in PINS.into_iter().enumerate() {
+        let [movable, kernel, fragmented] = [movable, kernel, fragmented].map(|row| row[index]);
+        assert!(movable >= kernel, "{pins} pins");
+        assert!(kernel > fragmented || pins > 64, "{pins} pins");
     }
+    assert_eq!(movable[1], 60, "four pins cost four blocks");
     assert!(
-        movable[1] >= 60 && movable[3] <= 8,
-        "four pins cost four blocks, many cost nearly all"
+        movable[3] <= 2 && fragmented[3] <= 2,
+        "many cost nearly all"
     );
     // Devices that pin for long get their pages out of Movable, but not out of kernel zones.
     assert_eq!(unplugged(OnlineType::Movable, Pins::Long, 0), [64; 4]);
@@ -1193,27 +1201,27 @@ fn s1_11_virtio_mem_minds_its_own_region_only() {
     machine
         .claim_resource(region.clone(), "virtio0", flags)
         .unwrap();
-    // The driver: what it sees of its region, and what of elsewhere.
-    let heard: Arc<Mutex<(Vec<(MemoryAction, u64)>, usize)>> = Arc::default();
-    let log = Arc::clone(&heard);
-    let mine = region.clone();
+    // What the driver hears of its region, and how often of elsewhere.
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let foreign = Arc::new(AtomicUsize::new(0));
+    let (log, ignored) = (Arc::clone(&heard), Arc::clone(&foreign));
     machine.register_notifier(
         0,
         Box::new(move |event: &MemoryEvent| {
-            let mut log = log.lock().unwrap();
             let start = event.start_pfn * PAGE;
-            if !mine.contains(&start) {
-                log.1 += 1;
+            if !region.contains(&start) {
+                ignored.fetch_add(1, Ordering::Relaxed);
                 return Ok(());
             }
-            log.0.push((event.action, start / BLOCK));
-            // Fully plugged: its own business.
+            log.lock().unwrap().push((event.action, start / BLOCK));
+            // Plugged, all of it: not without the driver.
             match event.action {
                 MemoryAction::GoingOffline if start == REGION => Err(Error::Busy),
                 _ => Ok(()),
             }
         }),
     );
+    let hears = || std::mem::take(&mut *heard.lock().unwrap());
     let request = |start| AddMemory {
         owner: virtio_mem(),
         resource_name: "System RAM (virtio_mem)",
@@ -1224,12 +1232,11 @@ fn s1_11_virtio_mem_minds_its_own_region_only() {
         machine.online(start / BLOCK, OnlineType::Movable).unwrap();
     }
     let first = REGION / BLOCK;
-    assert_eq!(heard.lock().unwrap().0.len(), 4);
+    assert_eq!(hears().len(), 4);
 
     // A module beside it, and boot memory, come and go.
-    heard.lock().unwrap().0.clear();
     acpi_finds(&mut machine, REGION - BLOCK, BLOCK).unwrap();
-    acpi_finds(&mut machine, region.end, BLOCK).unwrap();
+    acpi_finds(&mut machine, REGION + 4 * BLOCK, BLOCK).unwrap();
     for id in [first - 1, first + 4] {
         machine.online(id, OnlineType::Movable).unwrap();
         machine
@@ -1238,7 +1245,8 @@ fn s1_11_virtio_mem_minds_its_own_region_only() {
     }
     machine.offline(33).unwrap();
     machine.online(33, OnlineType::Online).unwrap();
-    assert_eq!(*heard.lock().unwrap(), (vec![], 12));
+    assert_eq!(hears(), []);
+    assert_eq!(foreign.load(Ordering::Relaxed), 12);
 
     // Somebody else takes its memory offline: it hears that, and may object, but nobody else may remove it.
     machine
@@ -1255,22 +1263,20 @@ fn s1_11_virtio_mem_minds_its_own_region_only() {
             (GoingOffline, first),
             (CancelOffline, first),
         ];
-        assert_eq!(heard.lock().unwrap().0, expected);
+        assert_eq!(hears(), expected);
     }
     for other in [Owner::ACPI, Owner::PROBE, Owner::driver(1)] {
         refused(&mut machine, Error::NotPermitted, |m| {
             m.remove_memory(other, REGION + BLOCK, BLOCK)
         });
     }
-    // A module cannot come in where it has claimed addresses, plugged or not.
-    for start in [REGION, REGION + 3 * BLOCK] {
-        refused(&mut machine, Error::Exists, |m| {
-            m.add_memory(&AddMemory {
-                owner: Owner::ACPI,
-                ..AddMemory::new(start, BLOCK)
-            })
-        });
-    }
+    // Nor may anybody else add what it has added.
+    refused(&mut machine, Error::Exists, |m| {
+        m.add_memory(&AddMemory::new(REGION, BLOCK))
+    });
+    refused(&mut machine, Error::NotPermitted, |m| {
+        m.adopt(Owner::ACPI, REGION, BLOCK)
+    });
     // It removes its own concurrently: between the steps of a module that is being emptied.
     acpi_finds(&mut machine, 8 * GIB, BLOCK).unwrap();
     machine.online(64, OnlineType::Movable).unwrap();
