@@ -10,6 +10,8 @@
 
 #[path = "capabilities/s0.rs"]
 mod s0;
+#[path = "capabilities/s1.rs"]
+mod s1;
 #[path = "capabilities/s2.rs"]
 mod s2;
 #[path = "capabilities/s3.rs"]
