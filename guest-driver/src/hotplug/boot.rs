@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::memory_block::{BlockState, MemoryBlock};
-use super::node::{RAM_ZONES, ZoneId};
+use super::node::ZoneId;
 use super::notifier::prevent_boot_memory_removal;
 use super::page::{Class, Memmap, Page};
 use super::resource::ResourceFlags;
@@ -206,7 +206,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         &self,
         nid: u32,
         boot: &Boot,
-    ) -> Result<[(ZoneKind, Range<u64>); RAM_ZONES.len()], Error> {
+    ) -> Result<[(ZoneKind, Range<u64>); ZoneKind::ALL.len()], Error> {
         let profile = &self.config.profile;
         let movable = boot.movable_from.iter().find(|(node, _)| *node == nid);
         let movable = match movable {

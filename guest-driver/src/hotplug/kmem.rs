@@ -17,9 +17,9 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::ops::Range;
 
+use super::add_remove::{AddMemory, Target};
 use super::group::GroupId;
-use super::memory_block::{AddMemory, Target};
-use super::resource::{Owner, ResourceFlags};
+use super::resource::{Owner, ResourceFlags, copy};
 use super::{Error, Hotplug, PhysicalMemory, Profile};
 
 /// The name of such memory in the resources.
@@ -101,7 +101,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
             return Err(Error::Invalid);
         }
         let mut kmem = Kmem {
-            name: name_of(device)?,
+            name: copy(device.name)?,
             owner: device.owner,
             group: self.register_static_group(device.nid, total >> profile.page_shift)?,
             ranges: Vec::new(),
@@ -196,12 +196,4 @@ impl<M: PhysicalMemory> Hotplug<M> {
 
 fn range_size(range: &Range<u64>) -> u64 {
     range.end.saturating_sub(range.start)
-}
-
-fn name_of(device: &KmemDevice<'_>) -> Result<String, Error> {
-    let mut name = String::new();
-    name.try_reserve_exact(device.name.len())
-        .map_err(|_| Error::NoMemory)?;
-    name.push_str(device.name);
-    Ok(name)
 }

@@ -34,6 +34,7 @@ use alloc::collections::BTreeMap;
 use core::fmt;
 use core::ops::Range;
 
+mod add_remove;
 mod allocator;
 mod auto_movable;
 mod boot;
@@ -65,6 +66,7 @@ mod zone;
 mod zone_choice;
 mod zone_rules;
 
+pub use add_remove::{AddMemory, Target};
 pub use boot::{Boot, BootRange};
 pub use config::{Config, OnlinePolicy};
 pub use device_memory::{DeviceKind, DeviceRange};
@@ -75,7 +77,7 @@ pub use handle::{Mobility, PageHandle};
 pub use isolation::{Isolation, Migration};
 pub use kmem::{Kmem, KmemDevice};
 pub use memmap::{MemmapOnMemory, MemmapRule};
-pub use memory_block::{AddMemory, BlockInfo, BlockState, Target};
+pub use memory_block::{BlockInfo, BlockState};
 pub use node::{NodeInfo, ZoneInfo};
 pub use notifier::{MemoryAction, MemoryEvent, MemoryNotifier, NotifierId};
 pub use obstacle::Obstacle;

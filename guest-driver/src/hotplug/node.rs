@@ -24,14 +24,6 @@ pub(super) struct ZoneId {
     pub(super) kind: ZoneKind,
 }
 
-/// The zones that have pages the allocator knows, in the order of their addresses.
-pub(super) const RAM_ZONES: [ZoneKind; 4] = [
-    ZoneKind::Dma,
-    ZoneKind::Dma32,
-    ZoneKind::Normal,
-    ZoneKind::Movable,
-];
-
 /// A zone of a node.
 #[derive(Debug, Default)]
 pub(super) struct Zone {
@@ -148,7 +140,7 @@ pub(super) struct Node {
     pub(super) has_cpus: bool,
     /// Number of its memory blocks.
     pub(super) block_count: u64,
-    zones: [Zone; RAM_ZONES.len()],
+    zones: [Zone; ZoneKind::ALL.len()],
 }
 
 impl Node {
@@ -193,7 +185,7 @@ impl Nodes {
 
     pub(super) fn zones(&self) -> impl Iterator<Item = (ZoneId, &Zone)> {
         self.0.iter().flat_map(|(nid, node)| {
-            RAM_ZONES.map(|kind| (ZoneId { nid: *nid, kind }, node.zone(kind)))
+            ZoneKind::ALL.map(|kind| (ZoneId { nid: *nid, kind }, node.zone(kind)))
         })
     }
 
@@ -243,7 +235,7 @@ impl Nodes {
     }
 
     fn pick_in(node: &Node, mobility: Mobility) -> Option<u64> {
-        let kinds = RAM_ZONES.iter().rev();
+        let kinds = ZoneKind::ALL.iter().rev();
         kinds
             .filter(|kind| mobility == Mobility::Movable || kind.is_kernel())
             .find_map(|kind| node.zone(*kind).pick(mobility))
@@ -321,8 +313,8 @@ impl<M> Hotplug<M> {
             NodeInfo {
                 nid: *nid,
                 online: node.is_online(),
-                has_memory: RAM_ZONES.iter().any(present),
-                has_normal_memory: RAM_ZONES
+                has_memory: ZoneKind::ALL.iter().any(present),
+                has_normal_memory: ZoneKind::ALL
                     .iter()
                     .filter(|kind| kind.is_kernel())
                     .any(present),

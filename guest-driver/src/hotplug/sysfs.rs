@@ -5,7 +5,7 @@
 //! |---|---|---|
 //! | `memoryN/state` | rw | `online`, `offline`, `going-offline`; `online_kernel` and `online_movable` are written |
 //! | `memoryN/online` | rw | `1` or `0`; the zone is chosen automatically |
-//! | `memoryN/valid_zones` | r | see [`Hotplug::valid_zones`] |
+//! | `memoryN/valid_zones` | r | see [`Hotplug::valid_zones`]; it exists where memory can be removed at all |
 //! | `memoryN/phys_index`, `phys_device`, `removable`, `node` | r | id in hexadecimal; 0; 1 where memory can be removed at all; the node's number (Linux has a link) |
 //! | `auto_online_blocks` | rw | how memory blocks added from now on go online |
 //! | `block_size_bytes`, `crash_hotplug` | r | hexadecimal; 1: nobody need reload a crash kernel |
@@ -49,7 +49,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         Ok(match name {
             "state" => block.state.name().into(),
             "online" => u8::from(block.state != BlockState::Offline).to_string(),
-            "valid_zones" => return self.valid_zones(id),
+            "valid_zones" if self.config.hot_remove => return self.valid_zones(id),
             "phys_index" => format!("{id:08x}"),
             "phys_device" => "0".into(),
             "removable" => u8::from(self.config.hot_remove).to_string(),
@@ -124,9 +124,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
                 false => self.device_offline(id),
             }
             .map(|_already_so_is_fine| ()),
-            "valid_zones" | "phys_index" | "phys_device" | "removable" | "node" => {
-                Err(Error::AccessDenied)
-            }
+            "valid_zones" if self.config.hot_remove => Err(Error::AccessDenied),
+            "phys_index" | "phys_device" | "removable" | "node" => Err(Error::AccessDenied),
             _ => Err(Error::NotFound),
         }
     }

@@ -25,15 +25,7 @@ pub enum ZoneRules {
 ///
 /// Since 4.13 a span covers what is online. Up to 4.12 it covers what has been added.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Spans(pub(super) [Option<Range<u64>>; 4]);
-
-/// The zones a memory block can be brought online to.
-const KINDS: [ZoneKind; 4] = [
-    ZoneKind::Dma,
-    ZoneKind::Dma32,
-    ZoneKind::Normal,
-    ZoneKind::Movable,
-];
+pub(super) struct Spans(pub(super) [Option<Range<u64>>; ZoneKind::ALL.len()]);
 
 impl Spans {
     /// Span of a zone.
@@ -45,7 +37,7 @@ impl Spans {
 
     /// The zones that are not empty, from the lowest to the highest.
     fn iter(&self) -> impl Iterator<Item = (ZoneKind, &Range<u64>)> {
-        let spans = KINDS.into_iter().zip(&self.0);
+        let spans = ZoneKind::ALL.into_iter().zip(&self.0);
         spans.filter_map(|(kind, span)| Some((kind, span.as_ref()?)))
     }
 
@@ -58,7 +50,7 @@ impl Spans {
 /// The kernel zone for the page frames of a block: the lowest one whose span it meets, otherwise Normal
 /// (`default_kernel_zone_for_pfn`).
 pub(super) fn kernel_zone(spans: &Spans, block: &Range<u64>) -> ZoneKind {
-    KINDS
+    ZoneKind::ALL
         .into_iter()
         .find(|&kind| kind.is_kernel() && spans.intersects(kind, block))
         .unwrap_or(ZoneKind::Normal)
@@ -230,7 +222,7 @@ mod tests {
                 let last = ids.last().map_or(first, |b| b.0);
                 Some(pages(first).start..pages(last).end)
             };
-            Spans(KINDS.map(span))
+            Spans(ZoneKind::ALL.map(span))
         }
 
         fn probe(&mut self) {

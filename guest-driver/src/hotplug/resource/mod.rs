@@ -312,7 +312,7 @@ fn check(range: &Range<u64>) -> Result<(), Error> {
 }
 
 /// A copy of `name`, or an error where `to_owned` would abort.
-fn copy(name: &str) -> Result<String, Error> {
+pub(super) fn copy(name: &str) -> Result<String, Error> {
     let mut copy = String::new();
     copy.try_reserve_exact(name.len())
         .map_err(|_| Error::NoMemory)?;
