@@ -37,7 +37,7 @@ impl BlockState {
 }
 
 /// A memory block.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct MemoryBlock {
     pub(super) state: BlockState,
     pub(super) nid: u32,
