@@ -126,9 +126,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// Memory block `id` and those of its pageblocks that have to be emptied, if it may go offline at all.
     fn offlinable(&self, id: u64) -> Result<(MemoryBlock, Range<u64>), Error> {
         let block = self.blocks.get(&id).copied().ok_or(Error::Invalid)?;
-        let whole = block.ram_pages == self.config.profile.memory_block_pages();
-        let possible = self.config.hot_remove && block.zone.is_some() && whole;
-        if block.state != BlockState::Online || !possible {
+        if self.obstacle_of_block(&block).is_some() {
             return Err(Error::Invalid);
         }
         let mut pageblocks = self.pageblocks_of_block(id);

@@ -253,6 +253,12 @@ impl Memmap {
         first..first + self.pageblocks[pageblock].touched
     }
 
+    /// The pages of `pageblock` that may be in different states: all others are like the last one.
+    pub(super) fn different_pages_of(&self, pageblock: usize) -> Range<u32> {
+        let (all, touched) = (self.pages_of(pageblock), self.touched_pages_of(pageblock));
+        touched.start..all.end.min(touched.end + 1)
+    }
+
     /// Puts every page of `pageblock`, none of them held, into the same state.
     pub(super) fn fill(&mut self, pageblock: usize, state: Page) {
         let pages = self.pageblock_pages;
