@@ -1,7 +1,8 @@
-//! Adding and removing memory blocks; bringing them online is another matter.
+//! Adding and removing memory blocks. Nothing comes online here, and only up to Linux 4.12 is it in a zone.
 //!
-//! Every step that can fail comes before the first that changes anything, so that a failure leaves no trace. Linux:
-//! `add_memory_resource`, `try_remove_memory`.
+//! Every step that can be refused comes before the first that changes anything, so that a refusal leaves no trace.
+//!
+//! Linux: `add_memory_resource`, `try_remove_memory`.
 
 use alloc::vec::Vec;
 use core::ops::Range;

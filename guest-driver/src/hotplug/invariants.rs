@@ -46,7 +46,7 @@ impl<M> Hotplug<M> {
                 counted.0 += 1;
                 match (online, block.zone) {
                     (true, Some(super::ZoneKind::Movable)) => {
-                        counted.2 += self.config.profile.memory_block_pages()
+                        counted.2 += self.config.profile.memory_block_pages();
                     }
                     (true, _) => counted.1 += self.config.profile.memory_block_pages(),
                     (false, _) => {}

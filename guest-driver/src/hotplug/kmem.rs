@@ -1,17 +1,7 @@
-//! Memory of a device as System RAM: persistent memory, and what firmware set aside as special purpose, such as CXL
-//! (Linux: `dax/kmem`).
+//! Memory of a device as System RAM: persistent memory, and what firmware set aside as special purpose, such as CXL. It
+//! is not moved, copied or brought online here: once it is added it is memory like any other.
 //!
-//! ```text
-//!  memory blocks   |          |          |          |          |
-//!  device               |================================|             ranges, at any alignment
-//!  added                      |##########|##########|                  whole memory blocks; the rest is lost
-//!
-//!  10c000000-13bffffff : Soft Reserved
-//!    110000000-137ffffff : dax0.0                   one for each range that was added
-//!      110000000-137ffffff : System RAM (kmem)      driver managed: the next kernel must ask the driver again
-//! ```
-//!
-//! What is lost depends on the memory block size alone; [`Kmem::lost_bytes`] tells.
+//! Linux: `dax/kmem`.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -26,6 +16,18 @@ use super::{Error, Hotplug, PhysicalMemory, Profile};
 const RESOURCE_NAME: &str = "System RAM (kmem)";
 
 /// A device whose memory is to become System RAM.
+///
+/// ```text
+///  memory blocks   |          |          |          |          |
+///  device               |================================|             ranges, at any alignment
+///  added                      |##########|##########|                  whole memory blocks; the rest is lost
+///
+///  10c000000-13bffffff : Soft Reserved
+///    110000000-137ffffff : dax0.0                   one for each range that was added
+///      110000000-137ffffff : System RAM (kmem)      driver managed: the next kernel must ask the driver again
+/// ```
+///
+/// What is lost depends on the memory block size alone; [`Kmem::lost_bytes`] tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KmemDevice<'a> {
     /// Its name, `dax0.0`.
@@ -83,10 +85,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if the node is not possible, no range has a whole memory block in it, or there is more than can
-    /// be counted. [`Error::Busy`] if
-    /// somebody has the first range, and those of [`add_memory`](Self::add_memory): nothing has changed then. Once
-    /// a range has been added, others that cannot be are [left out](Kmem::refused).
+    /// [`Error::Invalid`] if the node is not possible, no range has a whole memory block in it, or there is more than
+    /// can be counted. [`Error::Busy`] if somebody has the first range, and those of [`add_memory`](Self::add_memory):
+    /// nothing has changed then. Once a range has been added, others that cannot be are [left out](Kmem::refused).
     pub fn add_kmem(&mut self, device: &KmemDevice<'_>) -> Result<Kmem, Error> {
         let profile = self.config.profile;
         let sum = |counted: fn(&Profile, &Range<u64>) -> u64| {

@@ -14,6 +14,18 @@ use super::zone::ZoneKind;
 use super::{Error, Hotplug, Isolation, Migration, PhysicalMemory, Step};
 
 /// State of a memory block that has been added, as Linux's `memoryN/state` shows it.
+///
+/// ```text
+///              add_memory            online            isolate_block
+///   no block --------------> Offline -------> Online ----------------> GoingOffline
+///      ^                     |    ^              ^                       |    |
+///      +---------------------+    |              +------- cancel --------+    |
+///           remove_memory         +-------------------- commit ---------------+
+/// ```
+///
+/// [`offline`](Hotplug::offline) is all from `isolate_block` to `commit`, or to `cancel` where it fails; so is a veto
+/// of a notifier, and a `commit` that comes too early. Whatever else is refused leaves the state as it was. Memory of
+/// boot begins as `Online`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockState {
     /// Its pages are not in use, and their metadata means nothing.
@@ -159,7 +171,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
     }
 
-    /// Nothing in here can fail.
+    /// Nothing in here is refused; the allocator's sets get nodes from the heap.
     fn set_block_online(&mut self, id: u64, block: &MemoryBlock, kind: ZoneKind) {
         let zone = ZoneId {
             nid: block.nid,
@@ -210,7 +222,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         );
     }
 
-    /// The block has been emptied. Nothing in here can fail.
+    /// The block has been emptied. Nothing in here is refused, or needs the heap: pageblocks only leave sets.
     pub(super) fn set_block_offline(&mut self, id: u64) {
         let Some(block) = self.blocks.get(&id).copied() else {
             return;

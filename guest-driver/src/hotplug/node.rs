@@ -1,13 +1,7 @@
-//! Nodes and their zones: spans, counters, and the free pages of each zone.
+//! Nodes and their zones: spans, counters, and the free pages of each zone. Which zone a memory block goes to is not
+//! decided here.
 //!
-//! ```text
-//!  node 0   DMA  DMA32               Normal            Movable
-//!           |--| |------------|      |-------------------------------|       span: first to last page
-//!                                    [32][33]    [35]      Movable: [34]     zones may interleave
-//! ```
-//!
-//! A zone spans from its first to its last online page; what is between may belong to others. The span decides
-//! where a plain `online` puts a memory block, so it grows and shrinks exactly as Linux's does.
+//! Linux: `struct pglist_data`, `struct zone`, `resize_zone_range`, `shrink_zone_span`.
 
 use alloc::collections::{BTreeMap, BTreeSet};
 use core::ops::Range;
@@ -243,6 +237,17 @@ impl Nodes {
 }
 
 /// A zone, as `/proc/zoneinfo` shows it.
+///
+/// ```text
+///  memory block   0 .. 7                   32        33        34        35        36
+///                |DMA|  DMA32   |  hole  | Normal  | Normal  | Movable | Normal  | Movable |
+///  span          |<->|<-------->|        |<-------- Normal --------------------->|
+///                                                            |<-------- Movable ---------->|
+/// ```
+///
+/// The zones of a node with 1 GiB at boot and five memory blocks more. A span reaches from the first to the last online
+/// page; what is between may belong to others. It decides where a plain `online` puts a memory block, so it grows and
+/// shrinks exactly as Linux's does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ZoneInfo {
     /// Its node.

@@ -1,4 +1,5 @@
-//! Page metadata of a section (the memmap): four bytes a page, and the pageblocks it is divided into.
+//! Page metadata of a section (the memmap): four bytes a page, and the pageblocks it is divided into. A pageblock that
+//! changes here may have to move between the sets of its zone, which need the heap; they are not here.
 //!
 //! Most pages of a pageblock are usually in the same state. They are not written one by one: a pageblock notes
 //! how many of its pages have been `touched`, and the state of all the `rest`.

@@ -10,11 +10,11 @@ use super::page::Class;
 use super::{Config, DeviceRange, Hotplug, NodeInfo, SectionInfo, ZoneInfo};
 
 /// The state of everything from the pageblock upwards: two are equal if and only if the configuration, memory blocks,
-/// sections, zones, nodes, groups, device memory and resources are, what each pageblock is set aside for, and the number
-/// of allocated pages.
+/// sections, zones, nodes, groups, device memory and resources are, what each pageblock is set aside for, and the
+/// number of allocated pages.
 ///
-/// Not in it are where the allocated pages are and who pins them, how far isolations have got, statistics, notifiers, and
-/// faults to come.
+/// Not in it are where the allocated pages are and who pins them, how far isolations have got, statistics, notifiers,
+/// and faults to come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     config: Config,

@@ -12,8 +12,8 @@ use super::zone_rules;
 use super::{Error, Hotplug, OnlinePolicy};
 
 impl<M> Hotplug<M> {
-    /// The text of `valid_zones`: of an online block its zone, or `none` if it has several; of any other the zone a plain
-    /// `online` would choose now, then the others it may go to.
+    /// The text of `valid_zones`: of an online block its zone, or `none` if it has several; of any other the zone a
+    /// plain `online` would choose now, then the others it may go to.
     ///
     /// # Errors
     ///
@@ -85,8 +85,8 @@ impl<M> Hotplug<M> {
         fits(None) && (!self.config.auto_movable_numa_aware || fits(Some(block.nid)))
     }
 
-    /// Whether any of the unit that memory block `id` is part of is online in a kernel zone, and how many pages of it are
-    /// online.
+    /// Whether any of the unit that memory block `id` is part of is online in a kernel zone, and how many pages of it
+    /// are online.
     fn unit_state(&self, id: u64, group: Option<&Group>) -> (bool, u64) {
         let unit_pages = match group.map(|group| group.kind) {
             Some(GroupKind::Dynamic { unit_pages }) => unit_pages,

@@ -1,4 +1,7 @@
-//! Which zone a memory block may join, by the spans of its node's zones: three sets of rules Linux has had.
+//! Which zone a memory block may join, by the spans of its node's zones. The online policy `auto-movable` is beside
+//! this.
+//!
+//! Linux: `zone_can_shift`, `allow_online_pfn_range`, `zone_for_pfn_range`, one after the other.
 
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -6,6 +9,22 @@ use core::ops::Range;
 use super::{Error, OnlineType, ZoneKind};
 
 /// Which kernel's rules choose the zone of a memory block.
+///
+/// ```text
+///  memory block                       32       33       34
+///  all offline            UpTo4_12    N        N        N M        N    may go to Normal
+///                         V4_13       N M      N M      N M        M    may go to Movable
+///                         Since4_14   N M      N M      N M        [ ]  is online there
+///  32 as movable memory   UpTo4_12    refused
+///                         V4_13       [M]      M        M
+///                         Since4_14   [M]      N M      N M
+///  34 as movable memory   UpTo4_12    N        N M      [M]
+///                         V4_13       N M      N M      [M]
+///                         Since4_14   N M      N M      [M]
+/// ```
+///
+/// All the memory of a node, added block by block: what the files `valid_zones` show, but for the edge of a zone that
+/// an online block could still shift from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ZoneRules {
     /// Up to Linux 4.12: memory joins a zone when it is added. When it comes online it may shift to another
