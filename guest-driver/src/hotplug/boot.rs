@@ -1,11 +1,13 @@
-//! The memory a kernel finds when it starts.
+//! The memory a kernel finds when it starts. It is not added: it is online before anybody could object.
+//!
+//! Linux: `memblock`, `free_area_init`, `sparse_init`, `memory_dev_init`.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::Range;
 
 use super::memory_block::{BlockState, MemoryBlock};
-use super::node::{RAM_ZONES, ZoneId};
+use super::node::ZoneId;
 use super::notifier::prevent_boot_memory_removal;
 use super::page::{Class, Memmap, Page};
 use super::resource::ResourceFlags;
@@ -24,6 +26,13 @@ pub struct BootRange {
 }
 
 /// The memory a kernel finds when it starts.
+///
+/// ```text
+///  RAM       |######################|.......|##############################|   |=============|
+///  zones     |DMA|      DMA32       |       |     Normal     |   Movable   |    special_purpose:
+///            |  |rr|                |       |  |cc|          |             |    Soft Reserved, in no zone
+///                ^ reserved           hole       ^ cma       ^ movable_from
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Boot {
     /// System RAM, as the firmware's memory map has it.
@@ -51,10 +60,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// # Errors
     ///
     /// [`Error::Invalid`] if the sizes of the profile do not fit into each other, a node is not possible, a pageblock
-    /// would be in two zones or on two nodes, or Movable begins in the middle of one, or memory for contiguous allocations
-    /// is not made of whole ones;
-    /// [`Error::TooBig`] beyond what can be addressed, [`Error::Exists`] if two ranges overlap, [`Error::NoMemory`] if
-    /// the metadata does not fit into the heap.
+    /// would be in two zones or on two nodes, or Movable begins in the middle of one, or memory for contiguous
+    /// allocations is not made of whole ones; [`Error::TooBig`] beyond what can be addressed, [`Error::Exists`] if two
+    /// ranges overlap, [`Error::NoMemory`] if the metadata does not fit into the heap.
     pub fn boot(config: Config, boot: &Boot, memory: M) -> Result<Self, Error> {
         let mut hotplug = Self::with_config(config, memory)?;
         if !config.profile.boot_memory_removable {
@@ -213,7 +221,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         &self,
         nid: u32,
         boot: &Boot,
-    ) -> Result<[(ZoneKind, Range<u64>); RAM_ZONES.len()], Error> {
+    ) -> Result<[(ZoneKind, Range<u64>); ZoneKind::ALL.len()], Error> {
         let profile = &self.config.profile;
         let movable = boot.movable_from.iter().find(|(node, _)| *node == nid);
         let movable = match movable {

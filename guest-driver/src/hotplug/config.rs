@@ -39,7 +39,14 @@ impl OnlinePolicy {
 ///
 /// The default online type has four sources, each stronger than the one before: the build (this field), the boot
 /// parameter ([`apply_command_line`](Self::apply_command_line)), the file `auto_online_blocks`
-/// ([`Hotplug::write`](super::Hotplug::write)), and what user space writes to a memory block's `state`.
+/// ([`Hotplug::write`](super::Hotplug::write)), and what user space writes to a memory block's `state`:
+///
+/// ```text
+///  1  default_online_type         as built
+///  2  memhp_default_state=        boot parameter
+///  3  auto_online_blocks          file, at any time     1 to 3, the last one set: each memory block as it is added
+///  4  memoryN/state               file                  that memory block: now if it is offline, else the next time
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Sizes and limits of the architecture.
@@ -63,8 +70,9 @@ pub struct Config {
     pub zone_rules: ZoneRules,
     /// Whether memory can be taken offline and removed at all (Linux: `MEMORY_HOTREMOVE`).
     pub hot_remove: bool,
-    /// Bytes of metadata that each page is charged in kernel memory: 64 in Linux. With 0, metadata is on somebody's heap,
-    /// and no page of this memory is taken for it; where memory holds its own metadata, that is still of Linux's size.
+    /// Bytes of metadata that each page is charged in kernel memory: 64 in Linux. With 0, metadata is on somebody's
+    /// heap, and no page of this memory is taken for it; where memory holds its own metadata, that is still of Linux's
+    /// size.
     pub struct_page_size: u32,
     /// Whether memory that firmware calls special purpose is left to its drivers (Linux: `EFI_SOFT_RESERVE`, off with
     /// the boot parameter `efi=nosoftreserve`); else it is RAM like any other.

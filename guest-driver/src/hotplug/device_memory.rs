@@ -1,14 +1,7 @@
-//! Device memory: page frames that are no RAM, at sub-section granularity (Linux: `ZONE_DEVICE`, `memremap_pages`).
+//! Device memory: page frames that are no RAM, at sub-section granularity. Nothing of it is a memory block, and nothing
+//! of it comes online.
 //!
-//! ```text
-//!  one section of 128 MiB, early because of the RAM in it
-//!  |RRRRRRRRRRRR|........|AAAA|BBBBBBBBBBBB|....|CCCC|
-//!   System RAM    hole    namespaces A, B, C: any 2 MiB boundaries, in any order, each removed alone
-//! ```
-//!
-//! Nothing of it is a memory block, and nothing of it comes online; RAM cannot be added at this granularity. What
-//! shares a section with boot memory uses the metadata the section has; the rest has metadata of its own, in kernel
-//! memory or, where that would be too much, at the start of the range itself.
+//! Linux: `ZONE_DEVICE`, `memremap_pages`.
 
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
@@ -36,9 +29,17 @@ pub enum DeviceKind {
 /// A range of device memory.
 ///
 /// ```text
+///  one section of 128 MiB, early because of the RAM in it
+///  |RRRRRRRRRRRR|........|AAAA|BBBBBBBBBBBB|....|CCCC|
+///   System RAM    hole    ranges A, B, C: any 2 MiB boundaries, in any order, each removed alone
+///
 ///  bytes.start                                        bytes.end
 ///  |<-- altmap -->|<------------- usable -------------->|
 /// ```
+///
+/// RAM cannot be added at this granularity. What shares a section with boot memory uses the metadata the section has;
+/// the rest has metadata of its own, in kernel memory or, where that would be too much, at the start of the range
+/// itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceRange {
     /// Its bytes, whole sub-sections.
@@ -112,10 +113,11 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// # Errors
     ///
     /// In Linux's order: [`Error::NoMemory`] if the first or the last page is device memory already,
-    /// [`Error::NoAddress`] if any part is System RAM, [`Error::Invalid`] if the range is empty, cannot be addressed, or
-    /// is not made of whole sub-sections, or the bytes set aside are not whole pages of it, or nobody could reach them;
-    /// [`Error::Exists`] if a sub-section in between is taken, [`Error::Busy`] if the resource is, [`Error::NoMemory`]
-    /// if the metadata fits neither into the heap nor to where it is to be. Nothing has changed then.
+    /// [`Error::NoAddress`] if any part is System RAM, [`Error::Invalid`] if the range is empty, cannot be addressed,
+    /// or is not made of whole sub-sections, or the bytes set aside are not whole pages of it, or nobody could reach
+    /// them; [`Error::Exists`] if a sub-section in between is taken, [`Error::Busy`] if the resource is,
+    /// [`Error::NoMemory`] if the metadata fits neither into the heap nor to where it is to be. Nothing has changed
+    /// then.
     pub fn add_device_memory(&mut self, range: DeviceRange, name: &str) -> Result<(), Error> {
         let bytes = range.bytes.clone();
         let size = bytes.end.checked_sub(bytes.start).ok_or(Error::Invalid)?;
@@ -206,7 +208,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         Ok(())
     }
 
-    /// Nothing in here can fail.
+    /// Nothing in here is refused; new sections get nodes from the heap.
     fn activate(&mut self, bytes: &Range<u64>) {
         let profile = &self.config.profile;
         let whole = SubSections::of(0..profile.sub_sections_per_section());

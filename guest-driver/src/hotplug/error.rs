@@ -5,9 +5,9 @@ use thiserror::Error;
 /// Declares [`Error`] and its three ways to Linux's names and numbers from one table.
 macro_rules! errors {
     ($($(#[$doc:meta])* $variant:ident, $name:literal, $number:literal, $message:literal;)+) => {
-        /// Why a hotplug operation was refused. Whatever the reason, no memory block, zone or resource is in another state
-        /// than before; where pages were to be moved, some may have been, and an attempt to bring a memory block online
-        /// uses up the type that was written for it.
+        /// Why a hotplug operation was refused. Whatever the reason, no memory block, zone or resource is in another
+        /// state than before; where pages were to be moved, some may have been, and an attempt to bring a memory block
+        /// online uses up the type that was written for it.
         ///
         /// Where Linux refuses the same operation, the reason is the one Linux has.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]

@@ -1,4 +1,7 @@
-//! Memory groups: memory blocks that belong to one device, and what of it is online where.
+//! Memory groups: memory blocks that belong to one device, and what of it is online where. The policy that looks at
+//! them is not here.
+//!
+//! Linux: `struct memory_group`.
 
 use alloc::collections::BTreeMap;
 
@@ -9,6 +12,16 @@ use super::{Error, Profile};
 pub struct GroupId(u32);
 
 /// How the memory of a group comes and goes.
+///
+/// ```text
+///  Static     |<------------- max_pages ------------->|      a DIMM: all of it may be Movable, or none of it is
+///             |   M   |   M   |   M   |   M   |   M   |
+///  Dynamic    |<---- unit --->|     |<---- unit --->|        virtio-mem: each unit by itself; what is in kernel
+///             |   M   |   M   |     |   K   |   K   |        zones allows more of the same group to be Movable
+/// ```
+///
+/// M and K are memory blocks that the policy [`AutoMovable`](super::OnlinePolicy::AutoMovable) has put into Movable and
+/// into a kernel zone. Only within the ratio to kernel memory of boot, see [`Config`](super::Config).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GroupKind {
     /// In one go, at most so many pages: a DIMM, a device of its own.

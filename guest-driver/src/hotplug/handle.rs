@@ -8,6 +8,15 @@ use super::page::Memmap;
 /// Names an allocated page, wherever it is moved to, until it is freed.
 ///
 /// A handle that outlives its page is recognised and refused, until the same slot was reused 2^32 times.
+///
+/// ```text
+///             allocate              pin
+///   no page ------------> held <------------> pinned       held: may be moved at any time, unless it is unmovable
+///      ^                  |  |     unpin                   pinned, any number of times: stays, and cannot be freed
+///      +------ free ------+  | hard_offline_page
+///      |                     v
+///      +------ free ------ lost                            the contents are gone: pinning it is `HwPoison`
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PageHandle {
     index: u32,
@@ -98,7 +107,7 @@ impl Handles {
             return Err(Error::NoMemory);
         }
         self.slots.try_reserve(1).map_err(|_| Error::NoMemory)?;
-        // Room to give every slot back, so that freeing needs no memory.
+        // Room to give every slot back, so that a handle is forgotten without the heap; its page may need a set's node.
         let slots = self.slots.len() + 1;
         self.vacant
             .try_reserve(slots)

@@ -45,8 +45,10 @@ impl<M> Hotplug<M> {
                 let counted = groups.entry(group).or_default();
                 counted.0 += 1;
                 match (online, block.zone) {
-                    (true, Some(super::ZoneKind::Movable)) => counted.2 += self.block_pages(),
-                    (true, _) => counted.1 += self.block_pages(),
+                    (true, Some(super::ZoneKind::Movable)) => {
+                        counted.2 += self.config.profile.memory_block_pages();
+                    }
+                    (true, _) => counted.1 += self.config.profile.memory_block_pages(),
                     (false, _) => {}
                 }
             }

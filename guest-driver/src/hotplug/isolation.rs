@@ -1,4 +1,5 @@
-//! Emptying a range: isolate its pageblocks, move what is in use, take the pages or undo everything.
+//! Emptying a range: isolate its pageblocks, move what is in use, take the pages or undo everything. Who wants the
+//! range, and why, is not asked.
 //!
 //! Linux: `start_isolate_page_range`, `migrate_pages`, `undo_isolate_page_range`; `alloc_contig_range` and
 //! `offline_pages` are made of these.
@@ -26,6 +27,16 @@ const PASSES_KERNEL: u32 = 1;
 ///
 /// Must be given back with [`Hotplug::commit`] or [`Hotplug::cancel`]; one that was lost is still among
 /// [`Hotplug::isolations`]. Names are never used twice, by no [`Hotplug`].
+///
+/// ```text
+///            isolate, isolate_block             migrate: Done          commit
+///   in use -------------------------> isolated --------------> empty ----------> withheld, or its memory block offline
+///     ^                                | |  ^                    |
+///     |                                | +--+ migrate: More,     |
+///     |                                |      or an error        |
+///     +--------------------------------+-------------------------+
+///          cancel, or commit before it is empty
+/// ```
 #[must_use = "the range stays isolated until it is committed or cancelled"]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Isolation(u64);
@@ -126,9 +137,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// Memory block `id` and those of its pageblocks that have to be emptied, if it may go offline at all.
     fn offlinable(&self, id: u64) -> Result<(MemoryBlock, Range<u64>), Error> {
         let block = self.blocks.get(&id).copied().ok_or(Error::Invalid)?;
-        let whole = block.ram_pages == self.block_pages();
-        let possible = self.config.hot_remove && block.zone.is_some() && whole;
-        if block.state != BlockState::Online || !possible {
+        if self.obstacle_of_block(&block).is_some() {
             return Err(Error::Invalid);
         }
         let mut pageblocks = self.pageblocks_of_block(id);
@@ -250,8 +259,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
     }
 
-    /// Keeps the pages of `[start, start + size)` from the allocator, moving what is in use: the range is allocated in one
-    /// piece and marked, and its memory block can still go offline (Linux: `alloc_contig_range` and `PageOffline`).
+    /// Keeps the pages of `[start, start + size)` from the allocator, moving what is in use: the range is allocated in
+    /// one piece and marked, and its memory block can still go offline (Linux: `alloc_contig_range` and `PageOffline`).
     ///
     /// Pages of offline memory blocks are kept from it once they go online.
     ///
@@ -370,7 +379,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
     }
 
-    /// Nothing in here can fail.
+    /// Nothing in here is refused; the isolation gets a node from the heap.
     fn start_isolation(&mut self, pageblocks: Range<u64>, purpose: Purpose) -> Isolation {
         let mut passes_left = PASSES_MOVABLE;
         for pageblock in pageblocks.clone() {

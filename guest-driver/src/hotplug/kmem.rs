@@ -1,31 +1,33 @@
-//! Memory of a device as System RAM: persistent memory, and what firmware set aside as special purpose, such as CXL
-//! (Linux: `dax/kmem`).
+//! Memory of a device as System RAM: persistent memory, and what firmware set aside as special purpose, such as CXL. It
+//! is not moved, copied or brought online here: once it is added it is memory like any other.
 //!
-//! ```text
-//!  memory blocks   |          |          |          |          |
-//!  device               |================================|             ranges, at any alignment
-//!  added                      |##########|##########|                  whole memory blocks; the rest is lost
-//!
-//!  10c000000-13bffffff : Soft Reserved
-//!    110000000-137ffffff : dax0.0                   one for each range that was added
-//!      110000000-137ffffff : System RAM (kmem)      driver managed: the next kernel must ask the driver again
-//! ```
-//!
-//! What is lost depends on the memory block size alone; [`Kmem::lost_bytes`] tells.
+//! Linux: `dax/kmem`.
 
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::ops::Range;
 
+use super::add_remove::{AddMemory, Target};
 use super::group::GroupId;
-use super::memory_block::{AddMemory, Target};
-use super::resource::{Owner, ResourceFlags};
+use super::resource::{Owner, ResourceFlags, copy};
 use super::{Error, Hotplug, PhysicalMemory, Profile};
 
 /// The name of such memory in the resources.
 const RESOURCE_NAME: &str = "System RAM (kmem)";
 
 /// A device whose memory is to become System RAM.
+///
+/// ```text
+///  memory blocks   |          |          |          |          |
+///  device               |================================|             ranges, at any alignment
+///  added                      |##########|##########|                  whole memory blocks; the rest is lost
+///
+///  10c000000-13bffffff : Soft Reserved
+///    110000000-137ffffff : dax0.0                   one for each range that was added
+///      110000000-137ffffff : System RAM (kmem)      driver managed: the next kernel must ask the driver again
+/// ```
+///
+/// What is lost depends on the memory block size alone; [`Kmem::lost_bytes`] tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KmemDevice<'a> {
     /// Its name, `dax0.0`.
@@ -83,10 +85,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if the node is not possible, no range has a whole memory block in it, or there is more than can
-    /// be counted. [`Error::Busy`] if
-    /// somebody has the first range, and those of [`add_memory`](Self::add_memory): nothing has changed then. Once
-    /// a range has been added, others that cannot be are [left out](Kmem::refused).
+    /// [`Error::Invalid`] if the node is not possible, no range has a whole memory block in it, or there is more than
+    /// can be counted. [`Error::Busy`] if somebody has the first range, and those of [`add_memory`](Self::add_memory):
+    /// nothing has changed then. Once a range has been added, others that cannot be are [left out](Kmem::refused).
     pub fn add_kmem(&mut self, device: &KmemDevice<'_>) -> Result<Kmem, Error> {
         let profile = self.config.profile;
         let sum = |counted: fn(&Profile, &Range<u64>) -> u64| {
@@ -101,7 +102,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
             return Err(Error::Invalid);
         }
         let mut kmem = Kmem {
-            name: name_of(device)?,
+            name: copy(device.name)?,
             owner: device.owner,
             group: self.register_static_group(device.nid, total >> profile.page_shift)?,
             ranges: Vec::new(),
@@ -196,12 +197,4 @@ impl<M: PhysicalMemory> Hotplug<M> {
 
 fn range_size(range: &Range<u64>) -> u64 {
     range.end.saturating_sub(range.start)
-}
-
-fn name_of(device: &KmemDevice<'_>) -> Result<String, Error> {
-    let mut name = String::new();
-    name.try_reserve_exact(device.name.len())
-        .map_err(|_| Error::NoMemory)?;
-    name.push_str(device.name);
-    Ok(name)
 }

@@ -1,8 +1,17 @@
-//! What the metadata of pages costs, and whether a memory block can carry its own (`memmap_on_memory`).
+//! What the metadata of pages costs, and whether a memory block can carry its own. Who is charged is not decided here.
+//!
+//! Linux: `memmap_on_memory`, `mhp_supports_memmap_on_memory`.
 
 use super::{Error, Profile};
 
 /// The parameter `memory_hotplug.memmap_on_memory`: whether memory that is added may carry its own metadata.
+///
+/// ```text
+///  a memory block    |<-- pageblocks -->|
+///  Off               |                        usable                         |
+///  On, Force         |     metadata     |             usable                 |   x86-64: 2 MiB + 126 MiB of 128 MiB
+///  Force             | metadata |wasted |             usable                 |   where On cannot: part of a pageblock
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MemmapOnMemory {
     /// Metadata is always allocated from memory that is online already (`N`).

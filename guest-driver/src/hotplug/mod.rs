@@ -1,21 +1,27 @@
 //! Memory hotplug: sections, memory blocks, zones, their pages, and how pages in use are moved out of the way.
 //!
 //! The bookkeeping a kernel needs to add, online, offline and remove memory, with Linux's words, order and errors. It
-//! knows nothing of virtio. One [`Hotplug`] is the memory of one machine; each concept has a file:
+//! knows nothing of virtio. One [`Hotplug`] is the memory of one machine; each type explains one concept, most of them
+//! with a picture:
 //!
-//! | concept | | |
+//! | concept | types | |
 //! |---|---|---|
-//! | resource, owner | `resource` | who has which addresses, and who may remove them |
-//! | section, sub-section | `section` | which page frames have metadata |
-//! | memory block | `memory_block` | the unit of adding, onlining, offlining, removing |
-//! | zone, node | `node`, `zone_rules`, `zone_choice` | where memory goes when it comes online |
-//! | memory group | `group`, `auto_movable` | memory of one device, and how much of it may be Movable |
-//! | page, pageblock | `page`, `allocator`, `isolation`, `obstacle` | what is allocated, how a range is emptied, and why not |
-//! | metadata | `memmap` | what it costs, and where it may live |
-//! | notifier, uevent, sysfs | `notifier`, `uevent`, `sysfs` | who hears of it, who asks for it |
-//! | memory of a device as RAM | `kmem` | trimmed to memory blocks, and found again only by its driver |
-//! | device memory | `device_memory` | page frames beside RAM that never come online |
-//! | broken memory | `poison` | |
+//! | resource, owner | [`ResourceTree`], [`Owner`], [`FirmwareMap`] | who has which addresses, who may remove them |
+//! | section, sub-section | [`SectionInfo`], [`SubSections`] | which page frames have metadata |
+//! | memory block | [`BlockState`], [`AddMemory`] | the unit of adding, onlining, offlining, removing |
+//! | zone, node | [`ZoneInfo`], [`ZoneRules`], [`NodeInfo`] | where memory goes when it comes online |
+//! | online type | [`OnlineType`], [`Config`], [`OnlinePolicy`] | what is asked for, by whom, what `online` means |
+//! | memory group | [`GroupKind`] | memory of one device, and how much of it may be Movable |
+//! | page, pageblock | [`PageHandle`], [`PageCounts`], [`Mobility`] | what is allocated, and who may move it |
+//! | emptying a range | [`Isolation`], [`Obstacle`] | how, and why not |
+//! | metadata | [`MemmapOnMemory`], [`MemmapRule`] | what it costs, and where it may live |
+//! | notifier, uevent | [`MemoryAction`], [`Uevent`] | who hears of it, and who may object |
+//! | sysfs | [`Hotplug::read`], [`Hotplug::write`] | who asks for it |
+//! | memory of boot | [`Boot`] | what is there before anything is added |
+//! | memory of a device as RAM | [`KmemDevice`] | trimmed to memory blocks, and found again only by its driver |
+//! | device memory | [`DeviceRange`] | page frames beside RAM that never come online |
+//! | broken memory | [`Hotplug::hard_offline_page`], [`Hotplug::soft_offline_page`] | |
+//! | for tests | [`Fault`], [`Snapshot`], [`Hotplug::check_invariants`] | |
 //!
 //! ```text
 //!  page 4 KiB  <  sub-section 2 MiB  <=  section 128 MiB  <=  memory block 128 MiB .. 2 GiB
@@ -29,12 +35,39 @@
 //! Emptying a range takes time, so it is an [`Isolation`] that is worked on in bounded steps:
 //! [`isolate`](Hotplug::isolate), [`migrate`](Hotplug::migrate) until nothing is left, then
 //! [`commit`](Hotplug::commit) or [`cancel`](Hotplug::cancel).
+//!
+//! # The heap
+//!
+//! The bookkeeping is on the heap of the kernel, and most calls that change something may need more of it:
+//!
+//! | call | takes from the heap |
+//! |---|---|
+//! | [`add_memory`](Hotplug::add_memory), [`boot`](Hotplug::boot) | metadata of sections, memory blocks, resources |
+//! | [`online`](Hotplug::online) | nodes of the sets of pageblocks the allocator looks in |
+//! | [`allocate`](Hotplug::allocate) | handles, set nodes |
+//! | [`free`](Hotplug::free), [`cancel`](Hotplug::cancel), [`fake_online`](Hotplug::fake_online) | set nodes |
+//! | [`migrate`](Hotplug::migrate), [`offline`](Hotplug::offline), and whatever else moves pages | set nodes |
+//! | [`remove_memory`](Hotplug::remove_memory) | resources cut in two; set nodes, as metadata is given back |
+//! | [`isolate`](Hotplug::isolate), [`isolate_block`](Hotplug::isolate_block) | the isolation |
+//!
+//! Where much is needed, for metadata, handles and resources, a heap that is exhausted is [`Error::NoMemory`]. Small
+//! things, such as the nodes of maps and sets, have no such way out: the allocation fails as it does anywhere in
+//! `alloc`, and that ends most kernels. So do not back this heap with the very memory it manages, unless a reserve is
+//! kept: even freeing a page may need a node.
+//!
+//! # Locking
+//!
+//! There is no lock in here. Whatever changes something takes `&mut self`, pinning a page and making a step of an
+//! isolation among it: a kernel puts [`Hotplug`] behind one lock, and bounds the time that is held by the `max_pages`
+//! of [`migrate`](Hotplug::migrate). [Notifiers](MemoryNotifier) and the [sink of uevents](Hotplug::set_uevent_sink)
+//! run inside the call, so under the lock, and cannot call back: what they want done they note, for the time after it.
 
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::fmt;
 use core::ops::Range;
 
+mod add_remove;
 mod allocator;
 mod auto_movable;
 mod boot;
@@ -66,6 +99,7 @@ mod zone;
 mod zone_choice;
 mod zone_rules;
 
+pub use add_remove::{AddMemory, Target};
 pub use boot::{Boot, BootRange};
 pub use config::{Config, OnlinePolicy};
 pub use device_memory::{DeviceKind, DeviceRange};
@@ -76,7 +110,7 @@ pub use handle::{Mobility, PageHandle};
 pub use isolation::{Isolation, Migration};
 pub use kmem::{Kmem, KmemDevice};
 pub use memmap::{MemmapOnMemory, MemmapRule};
-pub use memory_block::{AddMemory, BlockInfo, BlockState, Target};
+pub use memory_block::{BlockInfo, BlockState};
 pub use node::{NodeInfo, ZoneInfo};
 pub use notifier::{MemoryAction, MemoryEvent, MemoryNotifier, NotifierId};
 pub use obstacle::Obstacle;
@@ -98,6 +132,21 @@ use page::Memmap;
 use section::Section;
 
 /// Pages by what the page allocator makes of them, over all zones.
+///
+/// ```text
+///            fake_online          allocate
+///  withheld ------------> free ------------> allocated       online: all are free, or withheld
+///           <------------   |  <------------     |           offline: they count no more
+///            fake_offline   |       free         |
+///                           +----> poisoned <----+           until the memory block is removed
+///
+///                                       present   managed   free   allocatable
+///  free                                    x         x        x         x
+///  free, pageblock is being emptied        x         x        x
+///  allocated, or poisoned                  x         x
+///  withheld, reserved, or metadata         x
+///  hole between memory of boot
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PageCounts {
     /// Pages of online memory blocks.
@@ -206,7 +255,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if the node is not possible, or `unit_pages` is not a power of two or less than a memory block.
+    /// [`Error::Invalid`] if the node is not possible, or `unit_pages` is not a power of two or less than a memory
+    /// block.
     pub fn register_dynamic_group(&mut self, nid: u32, unit_pages: u64) -> Result<GroupId, Error> {
         self.possible(nid)?;
         let profile = self.config.profile;
@@ -311,8 +361,8 @@ impl<M> Hotplug<M> {
         self.statistics
     }
 
-    /// Bytes of the heap that page metadata takes, with the handles of allocated pages; what it is charged in pages is not
-    /// in it, nor are the allocator's sets of pageblocks.
+    /// Bytes of the heap that page metadata takes, with the handles of allocated pages; what it is charged in pages is
+    /// not in it, nor are the allocator's sets of pageblocks.
     pub fn metadata_bytes(&self) -> usize {
         let memmaps = self.sections.values().filter_map(|s| s.memmap.as_ref());
         let charged = self.sections.values().map(|s| s.charged.capacity());

@@ -1,13 +1,7 @@
-//! Nodes and their zones: spans, counters, and the free pages of each zone.
+//! Nodes and their zones: spans, counters, and the free pages of each zone. Which zone a memory block goes to is not
+//! decided here.
 //!
-//! ```text
-//!  node 0   DMA  DMA32               Normal            Movable
-//!           |--| |------------|      |-------------------------------|       span: first to last page
-//!                                    [32][33]    [35]      Movable: [34]     zones may interleave
-//! ```
-//!
-//! A zone spans from its first to its last online page; what is between may belong to others. The span decides
-//! where a plain `online` puts a memory block, so it grows and shrinks exactly as Linux's does.
+//! Linux: `struct pglist_data`, `struct zone`, `resize_zone_range`, `shrink_zone_span`.
 
 use alloc::collections::{BTreeMap, BTreeSet};
 use core::ops::Range;
@@ -23,14 +17,6 @@ pub(super) struct ZoneId {
     pub(super) nid: u32,
     pub(super) kind: ZoneKind,
 }
-
-/// The zones that have pages the allocator knows, in the order of their addresses.
-pub(super) const RAM_ZONES: [ZoneKind; 4] = [
-    ZoneKind::Dma,
-    ZoneKind::Dma32,
-    ZoneKind::Normal,
-    ZoneKind::Movable,
-];
 
 /// A zone of a node.
 #[derive(Debug, Default)]
@@ -148,7 +134,7 @@ pub(super) struct Node {
     pub(super) has_cpus: bool,
     /// Number of its memory blocks.
     pub(super) block_count: u64,
-    zones: [Zone; RAM_ZONES.len()],
+    zones: [Zone; ZoneKind::ALL.len()],
 }
 
 impl Node {
@@ -193,7 +179,7 @@ impl Nodes {
 
     pub(super) fn zones(&self) -> impl Iterator<Item = (ZoneId, &Zone)> {
         self.0.iter().flat_map(|(nid, node)| {
-            RAM_ZONES.map(|kind| (ZoneId { nid: *nid, kind }, node.zone(kind)))
+            ZoneKind::ALL.map(|kind| (ZoneId { nid: *nid, kind }, node.zone(kind)))
         })
     }
 
@@ -243,7 +229,7 @@ impl Nodes {
     }
 
     fn pick_in(node: &Node, mobility: Mobility) -> Option<u64> {
-        let kinds = RAM_ZONES.iter().rev();
+        let kinds = ZoneKind::ALL.iter().rev();
         kinds
             .filter(|kind| mobility == Mobility::Movable || kind.is_kernel())
             .find_map(|kind| node.zone(*kind).pick(mobility))
@@ -251,6 +237,17 @@ impl Nodes {
 }
 
 /// A zone, as `/proc/zoneinfo` shows it.
+///
+/// ```text
+///  memory block   0 .. 7                   32        33        34        35        36
+///                |DMA|  DMA32   |  hole  | Normal  | Normal  | Movable | Normal  | Movable |
+///  span          |<->|<-------->|        |<-------- Normal --------------------->|
+///                                                            |<-------- Movable ---------->|
+/// ```
+///
+/// The zones of a node with 1 GiB at boot and five memory blocks more. A span reaches from the first to the last online
+/// page; what is between may belong to others. It decides where a plain `online` puts a memory block, so it grows and
+/// shrinks exactly as Linux's does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ZoneInfo {
     /// Its node.
@@ -321,8 +318,8 @@ impl<M> Hotplug<M> {
             NodeInfo {
                 nid: *nid,
                 online: node.is_online(),
-                has_memory: RAM_ZONES.iter().any(present),
-                has_normal_memory: RAM_ZONES
+                has_memory: ZoneKind::ALL.iter().any(present),
+                has_normal_memory: ZoneKind::ALL
                     .iter()
                     .filter(|kind| kind.is_kernel())
                     .any(present),

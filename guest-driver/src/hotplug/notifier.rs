@@ -1,16 +1,5 @@
-//! The notifier chain: who hears of memory going online and offline, and may object.
-//!
-//! ```text
-//!  online   GoingOnline ---> Online             offline  GoingOffline ---> Offline
-//!               | veto                                       | veto, or a page cannot be moved
-//!               v                                            v
-//!          CancelOnline                                CancelOffline
-//! ```
-//!
-//! Callbacks are called from the highest priority to the lowest, those of one priority in the order they were
-//! registered. The first to return an error ends `GoingOnline` or `GoingOffline`, and everybody hears of the
-//! cancellation, *also those behind it that never heard of the beginning*. What the others return is ignored.
-//! A memory block that cannot even be isolated is not announced at all.
+//! The notifier chain: who hears of memory going online and offline, and may object. Memory that is added or removed is
+//! not announced here, but by uevents.
 //!
 //! Linux: `memory_notify`, `register_memory_notifier`.
 
@@ -21,6 +10,20 @@ use core::fmt;
 use super::{Error, Hotplug};
 
 /// What happens to a range of memory.
+///
+/// ```text
+///  online   GoingOnline ----> Online           offline  GoingOffline ----> Offline
+///               | veto                                      | veto, or a page cannot be moved, or cancelled
+///               v                                           v
+///          CancelOnline                                CancelOffline
+///
+///  GoingOnline, GoingOffline   asked   priority 10 --> 5 --> 5 --> 0     the first error ends it
+///  all others                  told    priority 10 --> 5 --> 5 --> 0     what they return is ignored
+/// ```
+///
+/// From the highest priority to the lowest, those of one priority in the order they were registered. When the first has
+/// objected, everybody hears of the cancellation, *also those behind it that never heard of the beginning*. A memory
+/// block that cannot go to that zone, or cannot even be isolated, is not announced at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryAction {
     /// It will go online, unless somebody objects.

@@ -4,7 +4,7 @@ use core::fmt;
 
 use super::Error;
 
-/// Which zone a memory block is to join.
+/// Which zone a memory block is to join. Whose word counts is told by [`Config`](super::Config).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OnlineType {
     /// The zone that fits best, by the zone rules or the online policy.

@@ -1,4 +1,5 @@
-//! Page metadata of a section (the memmap): four bytes a page, and the pageblocks it is divided into.
+//! Page metadata of a section (the memmap): four bytes a page, and the pageblocks it is divided into. A pageblock that
+//! changes here may have to move between the sets of its zone, which need the heap; they are not here.
 //!
 //! Most pages of a pageblock are usually in the same state. They are not written one by one: a pageblock notes
 //! how many of its pages have been `touched`, and the state of all the `rest`.
@@ -251,6 +252,12 @@ impl Memmap {
     pub(super) fn touched_pages_of(&self, pageblock: usize) -> Range<u32> {
         let first = pageblock as u32 * self.pageblock_pages;
         first..first + self.pageblocks[pageblock].touched
+    }
+
+    /// The pages of `pageblock` that may be in different states: all others are like the last one.
+    pub(super) fn different_pages_of(&self, pageblock: usize) -> Range<u32> {
+        let (all, touched) = (self.pages_of(pageblock), self.touched_pages_of(pageblock));
+        touched.start..all.end.min(touched.end + 1)
     }
 
     /// Puts every page of `pageblock`, none of them held, into the same state.

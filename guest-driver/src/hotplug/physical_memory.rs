@@ -11,8 +11,8 @@ use core::ptr::NonNull;
 ///
 /// # Safety
 ///
-/// While a page is allocated, and while another is being moved into it or out of it, the pointer to it must be valid for
-/// reads and writes of the whole page, stay the same, and name memory no other page's pointer names. Pages that are
+/// While a page is allocated, and while another is being moved into it or out of it, the pointer to it must be valid
+/// for reads and writes of the whole page, stay the same, and name memory no other page's pointer names. Pages that are
 /// withheld, reserved, holes or metadata are never asked for.
 pub unsafe trait PhysicalMemory {
     /// A pointer to the page at `address`.

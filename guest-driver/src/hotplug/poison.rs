@@ -1,7 +1,6 @@
-//! Broken memory: pages the hardware cannot be trusted with (Linux: `memory_failure`, `soft_offline_page`).
+//! Broken memory: pages the hardware cannot be trusted with. Nothing here finds out which they are.
 //!
-//! A poisoned page leaves the allocator for good. It does not keep its memory block from going offline, and leaves with
-//! it; but the block cannot come online again, and no range that contains the page can be taken.
+//! Linux: `memory_failure`, `soft_offline_page`.
 
 use super::page::Page;
 use super::{Error, Hotplug, Mobility, PhysicalMemory};
@@ -10,10 +9,13 @@ impl<M: PhysicalMemory> Hotplug<M> {
     /// Takes a page with uncorrectable errors out of use. Whoever held it has lost its contents: pinning it is
     /// [`Error::HwPoison`] from then on.
     ///
+    /// A poisoned page leaves the allocator for good. It does not keep its memory block from going offline, and leaves
+    /// with it; but the block cannot come online again, and no range that contains the page can be taken.
+    ///
     /// # Errors
     ///
-    /// [`Error::NoAddress`] if it is not online RAM, [`Error::HwPoison`] if it is poisoned already, [`Error::Busy`] if it
-    /// is pinned or its user cannot do without it (Linux counts such a page nevertheless).
+    /// [`Error::NoAddress`] if it is not online RAM, [`Error::HwPoison`] if it is poisoned already, [`Error::Busy`] if
+    /// it is pinned or its user cannot do without it (Linux counts such a page nevertheless).
     pub fn hard_offline_page(&mut self, address: u64) -> Result<(), Error> {
         if self.page_at(address) == Some(Page::Poisoned) {
             return Err(Error::HwPoison);
@@ -32,9 +34,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoAddress`] if it has no metadata, [`Error::Io`] if it is not online RAM or its user cannot do without it,
-    /// [`Error::Busy`] if it is pinned, [`Error::NoMemory`] if there is no page to move it to. A page that is poisoned
-    /// already is no error.
+    /// [`Error::NoAddress`] if it has no metadata, [`Error::Io`] if it is not online RAM or its user cannot do without
+    /// it, [`Error::Busy`] if it is pinned, [`Error::NoMemory`] if there is no page to move it to. A page that is
+    /// poisoned already is no error.
     pub fn soft_offline_page(&mut self, address: u64) -> Result<(), Error> {
         let pfn = address >> self.config.profile.page_shift;
         if self.pfn_valid(pfn) && self.page_at(address).is_none() {

@@ -11,6 +11,10 @@ const GIB: u64 = 1 << 30;
 ///
 /// Four units contain each other: page < sub-section ≤ section ≤ memory block. The pageblock stands beside
 /// them; it may be smaller or larger than a sub-section.
+///
+/// The fields are plain data, for anybody to fill in: [`Hotplug::new`](super::Hotplug::new) and
+/// [`Hotplug::boot`](super::Hotplug::boot) refuse units that do not fit into each other. The methods here that tell
+/// sizes assume that they do, as in a profile of this module or of [`Hotplug::profile`](super::Hotplug::profile).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Profile {
     /// Page: the unit of allocation (`PAGE_SHIFT`).

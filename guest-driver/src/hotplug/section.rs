@@ -1,19 +1,7 @@
-//! Sections and their sub-sections: which page frames have metadata, and which are online.
+//! Sections and their sub-sections: which page frames have metadata, and which are online. What a page is used for is
+//! not known here.
 //!
-//! ```text
-//!            section (128 MiB on x86-64)
-//!  |....:....:####:####:....:....:====:====|      one bit per sub-section of 2 MiB
-//!             System RAM          device memory
-//! ```
-//!
-//! | question | answer | Linux |
-//! |---|---|---|
-//! | has the page metadata? | the section has, and it is early or the sub-section's bit is set | `pfn_valid` |
-//! | may it be looked at as RAM? | the section is online, the bit is set, and it is not device memory | `pfn_to_online_page` |
-//!
-//! A section that was there at boot is *early*: its metadata covers all of it, holes included, and stays when
-//! device memory beside the RAM comes and goes. That flag is the core's own: nobody can set or clear it, and a
-//! section that is added again later is not early.
+//! Linux: `struct mem_section`, `section_activate`, `pfn_valid`, `pfn_to_online_page`.
 
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -134,6 +122,24 @@ impl Section {
 }
 
 /// What a section looks like from outside.
+///
+/// ```text
+///              a section: one bit of `active` for each sub-section
+///  early       |RRRRRRRRRRRRRRRRRR|.........|DDDDD|....|     there at boot: metadata for all of it, holes too
+///               111111111111111111 000000000 11111 0000
+///  hot         |RRRRRRRRRRRRRRRRRRRRRRRRRRRRRRRRRRRRRRR|     added later, always whole
+///               111111111111111111111111111111111111111
+///  device      |....|DDDDDDDDD|.............|DDDDD|....|     metadata where a bit is set; never online
+///               0000 111111111 0000000000000 11111 0000      R System RAM  D device memory  . nothing
+/// ```
+///
+/// | question | answer | Linux |
+/// |---|---|---|
+/// | has a page metadata? | the section has, and it is early or the sub-section's bit is set | `pfn_valid` |
+/// | is it RAM to look at? | the section is online, the bit is set, it is not device memory | `pfn_to_online_page` |
+///
+/// Metadata of an early section stays when device memory beside the RAM comes and goes. Nobody can set or clear
+/// `early`: a section that is removed and added again is not early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SectionInfo {
     /// Address / section size.

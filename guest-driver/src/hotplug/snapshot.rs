@@ -1,56 +1,76 @@
-//! A comparable copy of the whole state, to see that a failure left no trace.
+//! A comparable copy of the state, to see that a failure left no trace.
 
+use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use super::{BlockInfo, Hotplug, NodeInfo, PageCounts, SectionInfo, ZoneInfo};
+use super::group::{Group, GroupId};
+use super::memory_block::MemoryBlock;
+use super::page::Class;
+use super::{Config, DeviceRange, Hotplug, NodeInfo, SectionInfo, ZoneInfo};
 
-/// The whole state but for the single pages: two are equal if and only if whatever can be asked of the core gets the same
-/// answers, but for where pages are.
+/// The state of everything from the pageblock upwards: two are equal if and only if the configuration, memory blocks,
+/// sections, zones, nodes, groups, device memory and resources are, what each pageblock is set aside for, and the
+/// number of allocated pages.
+///
+/// Not in it are where the allocated pages are and who pins them, how far isolations have got, statistics, notifiers,
+/// and faults to come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    blocks: Vec<BlockInfo>,
+    config: Config,
+    blocks: Vec<(u64, MemoryBlock)>,
+    pageblocks: Vec<Special>,
     sections: Vec<SectionInfo>,
     zones: Vec<ZoneInfo>,
     nodes: Vec<NodeInfo>,
-    groups: String,
-    devices: String,
+    groups: Vec<(GroupId, Group)>,
+    devices: Vec<DeviceRange>,
     resources: String,
-    counts: PageCounts,
     handles: usize,
-    poisoned_pages: u64,
-    withheld: Vec<u64>,
+}
+
+/// A pageblock the allocator cannot do with as it likes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Special {
+    number: u64,
+    cma: bool,
+    isolated: bool,
+    withheld: bool,
+    poisoned: u32,
 }
 
 impl<M> Hotplug<M> {
     /// A copy of the state, for tests. It looks at every pageblock.
     pub fn snapshot(&self) -> Snapshot {
-        let profile = &self.config.profile;
-        let shift = profile.section_shift - profile.pageblock_shift;
-        let withheld = self.sections.iter().flat_map(|(number, section)| {
-            let pageblocks = section.memmap.iter().flat_map(|memmap| &memmap.pageblocks);
-            let numbered = ((number << shift)..).zip(pageblocks);
-            numbered.filter_map(|(pageblock, counts)| counts.withheld.then_some(pageblock))
-        });
+        let blocks = self.blocks.iter().map(|(id, block)| (*id, *block));
+        let groups = self.groups.iter().map(|(id, group)| (id, group.clone()));
         Snapshot {
-            blocks: self.blocks().collect(),
+            config: self.config,
+            blocks: blocks.collect(),
+            pageblocks: self.special_pageblocks().collect(),
             sections: self.sections().collect(),
             zones: self.zones().collect(),
             nodes: self.nodes().collect(),
-            groups: self
-                .groups
-                .iter()
-                .map(|group| alloc::format!("{group:?}\n"))
-                .collect(),
-            devices: self
-                .device_memory()
-                .map(|range| alloc::format!("{range:?}\n"))
-                .collect(),
-            resources: alloc::format!("{:?}", self.resources),
-            counts: self.counts(),
+            groups: groups.collect(),
+            devices: self.device_memory().cloned().collect(),
+            resources: format!("{:?}", self.resources),
             handles: self.handles.count(),
-            poisoned_pages: self.poisoned_pages,
-            withheld: withheld.collect(),
         }
+    }
+
+    fn special_pageblocks(&self) -> impl Iterator<Item = Special> + '_ {
+        let shift = self.config.profile.section_shift - self.config.profile.pageblock_shift;
+        let all = self.sections.iter().flat_map(move |(number, section)| {
+            let pageblocks = section.memmap.iter().flat_map(|memmap| &memmap.pageblocks);
+            ((number << shift)..).zip(pageblocks)
+        });
+        let described = all.map(|(number, pageblock)| Special {
+            number,
+            cma: pageblock.class == Class::Cma,
+            isolated: pageblock.isolated,
+            withheld: pageblock.withheld,
+            poisoned: pageblock.poisoned,
+        });
+        described.filter(|p| p.cma || p.isolated || p.withheld || p.poisoned > 0)
     }
 }

@@ -1,17 +1,7 @@
 //! The files of `/sys/devices/system/memory` and of the module `memory_hotplug`: text in, text out, errors as Linux has
-//! them.
+//! them. There is no file system here.
 //!
-//! | file | | |
-//! |---|---|---|
-//! | `memoryN/state` | rw | `online`, `offline`, `going-offline`; `online_kernel` and `online_movable` are written |
-//! | `memoryN/online` | rw | `1` or `0`; the zone is chosen automatically |
-//! | `memoryN/valid_zones` | r | see [`Hotplug::valid_zones`] |
-//! | `memoryN/phys_index`, `phys_device`, `removable`, `node` | r | id in hexadecimal; 0; 1 where memory can be removed at all; the node's number (Linux has a link) |
-//! | `auto_online_blocks` | rw | how memory blocks added from now on go online |
-//! | `block_size_bytes`, `crash_hotplug` | r | hexadecimal; 1: nobody need reload a crash kernel |
-//! | `probe` | w | adds the memory block at an address |
-//! | `soft_offline_page`, `hard_offline_page` | w | takes a page out of use |
-//! | `parameters/…` | rw | `online_policy`, `auto_movable_ratio`, `auto_movable_numa_aware`, `memmap_on_memory` (r) |
+//! Linux: `drivers/base/memory.c`, the parameters in `mm/memory_hotplug.c`.
 
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -22,6 +12,21 @@ use super::{AddMemory, BlockState, Error, Hotplug, PhysicalMemory, Target};
 
 impl<M: PhysicalMemory> Hotplug<M> {
     /// Reads a file. There is no newline at the end.
+    ///
+    /// | file | | |
+    /// |---|---|---|
+    /// | `memoryN/state` | rw | `online`, `offline`, `going-offline`; written also `online_kernel`, `online_movable` |
+    /// | `memoryN/online` | rw | `1` or `0`; the zone is chosen automatically |
+    /// | `memoryN/valid_zones` | r | see [`valid_zones`](Self::valid_zones); it exists where memory can be removed |
+    /// | `memoryN/phys_index`, `phys_device` | r | id in hexadecimal; 0 |
+    /// | `memoryN/removable` | r | 1 where memory can be removed at all |
+    /// | `memoryN/node` | r | the node's number (Linux has a link) |
+    /// | `auto_online_blocks` | rw | how memory blocks added from now on go online |
+    /// | `block_size_bytes`, `crash_hotplug` | r | hexadecimal; 1: nobody need reload a crash kernel |
+    /// | `probe` | w | adds the memory block at an address |
+    /// | `soft_offline_page`, `hard_offline_page` | w | takes a page out of use |
+    /// | `parameters/…` | rw | `online_policy`, `auto_movable_ratio`, `auto_movable_numa_aware` |
+    /// | `parameters/memmap_on_memory` | r | `Y`, `N` or `force` |
     ///
     /// # Errors
     ///
@@ -49,7 +54,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
         Ok(match name {
             "state" => block.state.name().into(),
             "online" => u8::from(block.state != BlockState::Offline).to_string(),
-            "valid_zones" => return self.valid_zones(id),
+            "valid_zones" if self.config.hot_remove => return self.valid_zones(id),
             "phys_index" => format!("{id:08x}"),
             "phys_device" => "0".into(),
             "removable" => u8::from(self.config.hot_remove).to_string(),
@@ -58,7 +63,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
         })
     }
 
-    /// Writes a file. One newline at the end of the text does not count, and an empty text never arrives.
+    /// Writes a file. One newline at the end of the text does not count, and an empty text never arrives. The files are
+    /// those of [`read`](Self::read).
     ///
     /// # Errors
     ///
@@ -124,9 +130,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
                 false => self.device_offline(id),
             }
             .map(|_already_so_is_fine| ()),
-            "valid_zones" | "phys_index" | "phys_device" | "removable" | "node" => {
-                Err(Error::AccessDenied)
-            }
+            "valid_zones" if self.config.hot_remove => Err(Error::AccessDenied),
+            "phys_index" | "phys_device" | "removable" | "node" => Err(Error::AccessDenied),
             _ => Err(Error::NotFound),
         }
     }

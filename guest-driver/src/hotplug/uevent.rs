@@ -1,4 +1,6 @@
-//! Uevents: what udev and the reloaders of crash kernels hang on.
+//! Uevents: what udev and the reloaders of crash kernels hang on. Nobody can object here: that is for notifiers.
+//!
+//! Linux: `kobject_uevent` of memory block devices.
 
 use alloc::boxed::Box;
 use core::fmt;
@@ -19,6 +21,12 @@ pub enum UeventAction {
 }
 
 /// An event of the memory subsystem. Displayed as Linux names it: `online memory37`.
+///
+/// ```text
+///  Add ----> Online <----> Offline ----> Remove
+///   |                                      ^
+///   +--------------------------------------+
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Uevent {
     /// What happened.

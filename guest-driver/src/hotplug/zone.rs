@@ -2,7 +2,8 @@
 
 use core::fmt;
 
-/// What a zone is for, from the lowest to the highest.
+/// What a zone is for, from the lowest to the highest. Zone Device is not among them: [device
+/// memory](super::DeviceRange) never reaches the page allocator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ZoneKind {
     /// Memory that devices with few address bits reach.
@@ -13,19 +14,11 @@ pub enum ZoneKind {
     Normal,
     /// Only pages that can be moved or reclaimed, so that it can be emptied again.
     Movable,
-    /// Memory of devices that has page metadata, but never reaches the page allocator.
-    Device,
 }
 
 impl ZoneKind {
     /// Every kind, from the lowest to the highest.
-    pub const ALL: [Self; 5] = [
-        Self::Dma,
-        Self::Dma32,
-        Self::Normal,
-        Self::Movable,
-        Self::Device,
-    ];
+    pub const ALL: [Self; 4] = [Self::Dma, Self::Dma32, Self::Normal, Self::Movable];
 
     /// The name as `valid_zones` and `/proc/zoneinfo` show it.
     #[must_use]
@@ -35,7 +28,6 @@ impl ZoneKind {
             Self::Dma32 => "DMA32",
             Self::Normal => "Normal",
             Self::Movable => "Movable",
-            Self::Device => "Device",
         }
     }
 

@@ -12,8 +12,8 @@ use super::zone_rules;
 use super::{Error, Hotplug, OnlinePolicy};
 
 impl<M> Hotplug<M> {
-    /// The text of `valid_zones`: of an online block its zone, or `none` if it has several; of any other the zone a plain
-    /// `online` would choose now, then the others it may go to.
+    /// The text of `valid_zones`: of an online block its zone, or `none` if it has several; of any other the zone a
+    /// plain `online` would choose now, then the others it may go to.
     ///
     /// # Errors
     ///
@@ -68,7 +68,9 @@ impl<M> Hotplug<M> {
     fn fits_movable(&self, id: u64, block: &MemoryBlock) -> bool {
         let own = block.group.and_then(|group| self.groups.get(group).ok());
         let unit = || self.unit_state(id, own);
-        let Some(pages) = auto_movable::remaining_pages(own, self.block_pages(), unit) else {
+        let Some(pages) =
+            auto_movable::remaining_pages(own, self.config.profile.memory_block_pages(), unit)
+        else {
             return false;
         };
         let fits = |nid: Option<u32>| {
@@ -83,21 +85,21 @@ impl<M> Hotplug<M> {
         fits(None) && (!self.config.auto_movable_numa_aware || fits(Some(block.nid)))
     }
 
-    /// Whether any of the unit that memory block `id` is part of is online in a kernel zone, and how many pages of it are
-    /// online.
+    /// Whether any of the unit that memory block `id` is part of is online in a kernel zone, and how many pages of it
+    /// are online.
     fn unit_state(&self, id: u64, group: Option<&Group>) -> (bool, u64) {
         let unit_pages = match group.map(|group| group.kind) {
             Some(GroupKind::Dynamic { unit_pages }) => unit_pages,
-            _ => self.block_pages(),
+            _ => self.config.profile.memory_block_pages(),
         };
-        let blocks = (unit_pages / self.block_pages()).max(1);
+        let blocks = (unit_pages / self.config.profile.memory_block_pages()).max(1);
         let first = id / blocks * blocks;
         let (mut any_kernel, mut online_pages) = (false, 0);
         for (_, block) in self.blocks.range(first..first.saturating_add(blocks)) {
             // Whatever is going offline is still online.
             if block.state != BlockState::Offline {
                 any_kernel |= block.zone != Some(ZoneKind::Movable);
-                online_pages += self.block_pages();
+                online_pages += self.config.profile.memory_block_pages();
             }
         }
         (any_kernel, online_pages)

@@ -1,4 +1,7 @@
-//! Which zone a memory block may join, by the spans of its node's zones: three sets of rules Linux has had.
+//! Which zone a memory block may join, by the spans of its node's zones. The online policy `auto-movable` is beside
+//! this.
+//!
+//! Linux: `zone_can_shift`, `allow_online_pfn_range`, `zone_for_pfn_range`, one after the other.
 
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -6,6 +9,22 @@ use core::ops::Range;
 use super::{Error, OnlineType, ZoneKind};
 
 /// Which kernel's rules choose the zone of a memory block.
+///
+/// ```text
+///  memory block                       32       33       34
+///  all offline            UpTo4_12    N        N        N M        N    may go to Normal
+///                         V4_13       N M      N M      N M        M    may go to Movable
+///                         Since4_14   N M      N M      N M        [ ]  is online there
+///  32 as movable memory   UpTo4_12    refused
+///                         V4_13       [M]      M        M
+///                         Since4_14   [M]      N M      N M
+///  34 as movable memory   UpTo4_12    N        N M      [M]
+///                         V4_13       N M      N M      [M]
+///                         Since4_14   N M      N M      [M]
+/// ```
+///
+/// All the memory of a node, added block by block: what the files `valid_zones` show, but for the edge of a zone that
+/// an online block could still shift from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ZoneRules {
     /// Up to Linux 4.12: memory joins a zone when it is added. When it comes online it may shift to another
@@ -25,15 +44,7 @@ pub enum ZoneRules {
 ///
 /// Since 4.13 a span covers what is online. Up to 4.12 it covers what has been added.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Spans(pub(super) [Option<Range<u64>>; 4]);
-
-/// The zones a memory block can be brought online to.
-const KINDS: [ZoneKind; 4] = [
-    ZoneKind::Dma,
-    ZoneKind::Dma32,
-    ZoneKind::Normal,
-    ZoneKind::Movable,
-];
+pub(super) struct Spans(pub(super) [Option<Range<u64>>; ZoneKind::ALL.len()]);
 
 impl Spans {
     /// Span of a zone.
@@ -45,7 +56,7 @@ impl Spans {
 
     /// The zones that are not empty, from the lowest to the highest.
     fn iter(&self) -> impl Iterator<Item = (ZoneKind, &Range<u64>)> {
-        let spans = KINDS.into_iter().zip(&self.0);
+        let spans = ZoneKind::ALL.into_iter().zip(&self.0);
         spans.filter_map(|(kind, span)| Some((kind, span.as_ref()?)))
     }
 
@@ -58,7 +69,7 @@ impl Spans {
 /// The kernel zone for the page frames of a block: the lowest one whose span it meets, otherwise Normal
 /// (`default_kernel_zone_for_pfn`).
 pub(super) fn kernel_zone(spans: &Spans, block: &Range<u64>) -> ZoneKind {
-    KINDS
+    ZoneKind::ALL
         .into_iter()
         .find(|&kind| kind.is_kernel() && spans.intersects(kind, block))
         .unwrap_or(ZoneKind::Normal)
@@ -230,7 +241,7 @@ mod tests {
                 let last = ids.last().map_or(first, |b| b.0);
                 Some(pages(first).start..pages(last).end)
             };
-            Spans(KINDS.map(span))
+            Spans(ZoneKind::ALL.map(span))
         }
 
         fn probe(&mut self) {

@@ -202,6 +202,13 @@ fn s2_04_build_options_decide_what_can_be_done() {
         machine.add_memory(&AddMemory::new(9 * GIB, BLOCK)).unwrap();
         let removable = machine.read("memory64/removable").unwrap();
         assert_eq!(removable, if hot_remove { "1" } else { "0" });
+        let file = "memory64/valid_zones";
+        let refused_with = match hot_remove {
+            true => Error::AccessDenied,
+            false => Error::NotFound,
+        };
+        assert_eq!(machine.read(file).is_ok(), hot_remove);
+        assert_eq!(machine.write(file, "Normal"), Err(refused_with));
         if hot_remove {
             machine.write("memory64/state", "offline").unwrap();
             machine.remove_memory(Owner::PROBE, 8 * GIB, BLOCK).unwrap();

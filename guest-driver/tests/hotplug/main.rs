@@ -4,12 +4,13 @@
 mod memory;
 mod random;
 
+use proptest::prelude::*;
 use virtio_mem_driver::hotplug::{
-    AddMemory, BlockState, Error, Fault, Hotplug, Migration, Mobility, OnlineType, Owner, Profile,
-    Step,
+    AddMemory, BlockState, Boot, BootRange, Config, Error, Fault, Hotplug, Migration, Mobility,
+    Obstacle, OnlineType, Owner, Profile, Step,
 };
 
-use memory::{BLOCK, HostMemory, PAGE, PAGEBLOCK, SMALL, START, read, write};
+use memory::{BLOCK, BLOCK_COUNT, HostMemory, PAGE, PAGEBLOCK, SMALL, START, read, write};
 
 /// `count` memory blocks at [`START`], added and online.
 fn online(count: u64) -> Hotplug<HostMemory> {
@@ -410,4 +411,108 @@ fn withheld_part_lies_in_the_memory_that_is_added() {
         assert_eq!(hotplug.add_memory(&request), Err(Error::Invalid));
     }
     assert_eq!(hotplug.blocks().count(), 0);
+}
+
+/// Memory blocks that were there at boot, with whatever may be in the way of one, and one that was added.
+fn any_machine() -> impl Strategy<Value = Hotplug<HostMemory>> {
+    let pages = BLOCK_PAGES * (BLOCK_COUNT - 1);
+    let pageblock = || 0..pages * PAGE / PAGEBLOCK;
+    let boot = (
+        prop::bool::weighted(0.9),
+        prop::option::weighted(0.3, 1..pages),
+        prop::option::weighted(0.3, pageblock()),
+        prop::option::weighted(0.3, (0..pages, 1..6u64)),
+        prop::option::weighted(0.3, pageblock()),
+    );
+    let pages = prop::collection::vec(
+        (prop::bool::weighted(0.05), prop::bool::weighted(0.05)),
+        0..80,
+    );
+    let isolated = prop::option::weighted(0.3, pageblock());
+    let left = prop::option::weighted(0.3, 0..BLOCK_COUNT);
+    (boot, pages, isolated, left).prop_map(|(boot, pages, isolated, left)| {
+        let (hot_remove, hole, cma, reserved, movable_from) = boot;
+        let end = START + (BLOCK_COUNT - 1) * BLOCK;
+        let hole = hole.map_or(end..end, |page| {
+            START + page * PAGE..START + (page + 1) * PAGE
+        });
+        let range = |bytes| BootRange { bytes, nid: 0 };
+        let mut boot = Boot {
+            ram: vec![range(START..hole.start), range(hole.end..end)],
+            movable_from: movable_from
+                .map(|index| (0, START + index * PAGEBLOCK))
+                .into_iter()
+                .collect(),
+            ..Boot::default()
+        };
+        boot.ram.retain(|range| !range.bytes.is_empty());
+        // Not in the hole, which is refused.
+        let inside = |start: u64, size: u64| hole.end <= start || start + size <= hole.start;
+        boot.cma = (cma.map(|index| START + index * PAGEBLOCK).into_iter())
+            .filter(|start| inside(*start, PAGEBLOCK))
+            .map(|start| start..start + PAGEBLOCK)
+            .collect();
+        boot.reserved = (reserved.into_iter())
+            .map(|(page, count)| (START + page * PAGE, count * PAGE))
+            .filter(|(start, size)| inside(*start, *size) && start + size <= end)
+            .map(|(start, size)| start..start + size)
+            .collect();
+        let config = Config {
+            hot_remove,
+            ..Config::new(SMALL)
+        };
+        let mut hotplug = Hotplug::boot(config, &boot, HostMemory::new()).unwrap();
+        hotplug.add_memory(&AddMemory::new(end, BLOCK)).unwrap();
+        let added = FIRST + BLOCK_COUNT - 1;
+        hotplug.online(added, OnlineType::Movable).unwrap();
+        for (unmovable, pinned) in pages {
+            let mobility = match unmovable {
+                true => Mobility::Unmovable,
+                false => Mobility::Movable,
+            };
+            if let Ok(page) = hotplug.allocate(mobility)
+                && pinned
+            {
+                hotplug.pin(page).unwrap();
+            }
+        }
+        if let Some(block) = left {
+            let _refused_if_something_is_in_the_way = hotplug.offline(FIRST + block);
+        }
+        if let Some(index) = isolated {
+            let _lost_and_still_there = hotplug.isolate(START + index * PAGEBLOCK, PAGEBLOCK);
+        }
+        hotplug
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+    #[test]
+    fn there_is_an_obstacle_exactly_where_offlining_is_refused(
+        mut hotplug in any_machine(),
+        going in prop::option::weighted(0.2, 0..BLOCK_COUNT),
+    ) {
+        if let Some(block) = going {
+            let _lost_and_still_there = hotplug.isolate_block(FIRST + block);
+        }
+        for id in FIRST..FIRST + BLOCK_COUNT {
+            let obstacle = hotplug.obstacle(id).unwrap();
+            let block = hotplug.block_state(id);
+            let expected = match hotplug.offline(id) {
+                // Room is not looked at.
+                Err(Error::NoMemory) => continue,
+                done => done.is_err(),
+            };
+            prop_assert_eq!(obstacle.is_some(), expected, "memory block {}: {:?}", id, obstacle);
+            if let Some((address, obstacle)) = obstacle {
+                prop_assert_eq!(address / BLOCK, id);
+                let not_online = block != Some(BlockState::Online);
+                let supported = hotplug.config().hot_remove;
+                prop_assert_eq!(obstacle == Obstacle::NotSupported, !supported);
+                prop_assert_eq!(obstacle == Obstacle::NotOnline, not_online && supported);
+            }
+        }
+        hotplug.check_invariants().unwrap();
+    }
 }

@@ -486,6 +486,9 @@ fn compare(model: &Model, subject: &mut Subject, random: &mut Random, all_pages:
             "valid_zones of {}",
             block.id
         );
+        let file = format!("memory{}/valid_zones", block.id);
+        let shown = machine.config().hot_remove;
+        assert_eq!(machine.read(&file).is_ok(), shown, "{file}");
         let state = match expected.state {
             BlockState::Offline => "offline",
             BlockState::Online => "online",

@@ -1,27 +1,10 @@
-//! I/O memory resources: which byte ranges are System RAM, what else is there, and who owns it.
+//! I/O memory resources: which byte ranges are System RAM, what else is there, and who owns it. Whether memory is
+//! online is not known here.
 //!
-//! A resource is a named range; those below it lie within it. The list is what `/proc/iomem` shows:
+//! All memory this needs is reserved before anything changes: an operation that fails for lack of it, or for any other
+//! reason, has done nothing.
 //!
-//! ```text
-//! 00100000-3fffffff : System RAM                   boot memory: busy, nothing goes below it
-//! 100000000-1ffffffff : virtio0                    device region: for RAM, not busy
-//!   100000000-10fffffff : System RAM (virtio_mem)
-//!   110000000-117ffffff : System RAM (virtio_mem)
-//! 240000000-33fffffff : Soft Reserved              not RAM until a driver makes it so
-//!
-//!            |<-------- 100000000-10fffffff -------->|<- 110000000-117ffffff ->|
-//! merge_ram  |<--------------------- 100000000-117ffffff --------------------->|
-//! remove_ram |<- 100000000-107ffffff ->|             |<- 110000000-117ffffff ->|
-//! ```
-//!
-//! The last line is what removing 108000000-10fffffff leaves.
-//!
-//! Memory is added below the innermost resource that is not busy and contains it. Ownership and the firmware's
-//! memory map are kept beside the resources: adopting a part of boot memory changes neither the list nor the
-//! map.
-//!
-//! All memory this needs is reserved before anything changes: an operation that fails for lack of it, or for
-//! any other reason, has done nothing.
+//! Linux: `kernel/resource.c`, `register_memory_resource`, `firmware_map_add_hotplug`.
 
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -43,6 +26,13 @@ use range_map::RangeMap;
 const SYSTEM_RAM: &str = "System RAM";
 
 /// What becomes of boot memory in the firmware's memory map when it is removed.
+///
+/// ```text
+///                      at boot        upper half removed     the next kernel finds
+///  FollowsHotplug      |########|     |####|                 |####|
+///  Fixed               |########|     |########|             |########|     but half of it is gone
+///                                          ^^^^ stale_firmware_ranges
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FirmwareMap {
     /// It leaves the map, as on x86, where firmware knows what is plugged.
@@ -53,6 +43,25 @@ pub enum FirmwareMap {
 }
 
 /// All I/O memory resources. [`Display`](core::fmt::Display) is the text of `/proc/iomem`.
+///
+/// A resource is a named range; those below it lie within it:
+///
+/// ```text
+/// 00100000-3fffffff : System RAM                   boot memory: busy, nothing goes below it
+/// 100000000-1ffffffff : virtio0                    device region: for RAM, not busy
+///   100000000-10fffffff : System RAM (virtio_mem)
+///   110000000-117ffffff : System RAM (virtio_mem)
+/// 240000000-33fffffff : Soft Reserved              not RAM until a driver makes it so
+///
+///            |<-------- 100000000-10fffffff -------->|<- 110000000-117ffffff ->|
+/// merge_ram  |<--------------------- 100000000-117ffffff --------------------->|
+/// remove_ram |<- 100000000-107ffffff ->|             |<- 110000000-117ffffff ->|
+/// ```
+///
+/// The last line is what removing 108000000-10fffffff leaves.
+///
+/// Memory is added below the innermost resource that is not busy and contains it. Ownership and the firmware's memory
+/// map are kept beside the resources: adopting a part of boot memory changes neither the list nor the map.
 #[derive(Debug)]
 pub struct ResourceTree {
     /// Parent before children, siblings ascending: so the starts ascend, too.
@@ -312,7 +321,7 @@ fn check(range: &Range<u64>) -> Result<(), Error> {
 }
 
 /// A copy of `name`, or an error where `to_owned` would abort.
-fn copy(name: &str) -> Result<String, Error> {
+pub(super) fn copy(name: &str) -> Result<String, Error> {
     let mut copy = String::new();
     copy.try_reserve_exact(name.len())
         .map_err(|_| Error::NoMemory)?;

@@ -327,8 +327,13 @@ impl Model {
                 name: "System RAM".into(),
                 mergeable: false,
             });
+            // Part of a page makes no section.
             let section = self.profile.section_size();
-            for number in range.bytes.start / section..(range.bytes.end - 1) / section + 1 {
+            let sections = match pages.is_empty() {
+                true => 0..0,
+                false => pages.start * page / section..(pages.end * page).div_ceil(section),
+            };
+            for number in sections {
                 let per_section = section / self.profile.pageblock_size();
                 for pageblock in number * per_section..(number + 1) * per_section {
                     self.pageblocks.entry(pageblock).or_default().early = true;

@@ -1007,9 +1007,8 @@ impl Model {
                     true => self.device_online(id, trail).map(|_| ()),
                     false => self.device_offline(id, hint, trail).map(|_| ()),
                 },
-                "valid_zones" | "phys_index" | "removable" | "node" | "phys_device" => {
-                    Err(Error::AccessDenied)
-                }
+                "valid_zones" if self.config.hot_remove => Err(Error::AccessDenied),
+                "phys_index" | "removable" | "node" | "phys_device" => Err(Error::AccessDenied),
                 _ => Err(Error::NotFound),
             };
         }
