@@ -249,7 +249,7 @@ impl Model {
         if range.is_empty() {
             return Err(Error::Invalid);
         }
-        let is_ram = |unit: &Unit| unit.layers.last().is_some_and(|layer| layer.is_ram());
+        let is_ram = |unit: &Unit| unit.layers.last().is_some_and(Layer::is_ram);
         if !self.units[range.clone()].iter().all(is_ram) {
             return Err(Error::Invalid);
         }

@@ -275,7 +275,7 @@ fn block_being_emptied_is_going_offline_and_can_come_back() {
     for _ in 0..3 {
         hotplug.allocate(Mobility::Movable).unwrap();
     }
-    let mut isolation = hotplug.isolate_block(FIRST).unwrap();
+    let isolation = hotplug.isolate_block(FIRST).unwrap();
     assert_eq!(hotplug.block_state(FIRST), Some(BlockState::GoingOffline));
     assert_eq!(
         hotplug.online(FIRST, OnlineType::Kernel),
@@ -286,10 +286,10 @@ fn block_being_emptied_is_going_offline_and_can_come_back() {
         Err(Error::Busy)
     );
     // Two pages a step, and three to move.
-    assert_eq!(hotplug.migrate(&mut isolation, 2), Ok(Migration::More));
+    assert_eq!(hotplug.migrate(&isolation, 2), Ok(Migration::More));
     hotplug.check_invariants().unwrap();
     assert_eq!(hotplug.statistics().pages_migrated, 2);
-    assert_eq!(hotplug.migrate(&mut isolation, 2), Ok(Migration::Done));
+    assert_eq!(hotplug.migrate(&isolation, 2), Ok(Migration::Done));
     hotplug.cancel(isolation);
     assert_eq!(hotplug.block_state(FIRST), Some(BlockState::Online));
     hotplug.check_invariants().unwrap();
