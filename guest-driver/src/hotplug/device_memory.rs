@@ -33,7 +33,7 @@ pub enum DeviceKind {
 ///  |RRRRRRRRRRRR|........|AAAA|BBBBBBBBBBBB|....|CCCC|
 ///   System RAM    hole    ranges A, B, C: any 2 MiB boundaries, in any order, each removed alone
 ///
-///  bytes.start                                        bytes.end
+///  bytes.start                                          bytes.end
 ///  |<-- altmap -->|<------------- usable -------------->|
 /// ```
 ///

@@ -319,7 +319,7 @@ impl Subject {
                 Ok(())
             }
             Operation::Migrate(index, budget) => {
-                let migration = machine.migrate(&mut self.isolations[*index], *budget)?;
+                let migration = machine.migrate(&self.isolations[*index], *budget)?;
                 hint.migration = Some(migration);
                 Ok(())
             }

@@ -99,9 +99,9 @@ fn migration_that_gave_up_keeps_saying_so() {
     let mut machine = online(Config::new(Profile::X86_64), 2);
     let page = machine.allocate(Mobility::Movable).unwrap();
     machine.pin(page).unwrap();
-    let mut isolation = machine.isolate(32 * BLOCK, 2 * MIB).unwrap();
-    assert_eq!(machine.migrate(&mut isolation, 9), Err(Error::Busy));
-    assert_eq!(machine.migrate(&mut isolation, 9), Err(Error::Busy));
+    let isolation = machine.isolate(32 * BLOCK, 2 * MIB).unwrap();
+    assert_eq!(machine.migrate(&isolation, 9), Err(Error::Busy));
+    assert_eq!(machine.migrate(&isolation, 9), Err(Error::Busy));
     machine.cancel(isolation);
     machine.check_invariants().unwrap();
 }
