@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use virtio_mem_driver::hotplug::{
-    AddMemory, BlockState, Boot, BootRange, Config, Error, Fault, FirmwareMap, Hotplug,
+    AddMemory, BlockState, Boot, BootRange, Config, Error, Fault, FirmwareMap, Hotplug, Isolation,
     MemoryAction, MemoryEvent, Migration, Mobility, Obstacle, OnlineType, Owner, PageHandle,
     PhysicalMemory, Profile, ResourceFlags, ResourceTree, SectionInfo, Step, ZoneInfo, ZoneKind,
 };
@@ -215,12 +215,20 @@ impl Random {
     }
 }
 
+/// What became of a module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unplug {
+    Going,
+    Refused,
+    Pulled,
+}
+
 /// A machine whose memory can be pulled: memory at boot, two modules, the region of a virtio-mem device.
 struct Hardware {
     slots: Slots,
     machine: Hotplug<Slots>,
-    /// The modules that are plugged in.
-    modules: [bool; 2],
+    /// The modules that are on their way out.
+    emptying: [Option<Isolation>; 2],
     /// The plugged device blocks of the region, numbered from its start.
     device_blocks: BTreeSet<u64>,
 }
@@ -244,35 +252,54 @@ impl Hardware {
         Self {
             slots,
             machine,
-            modules: [false; 2],
+            emptying: [None; 2],
             device_blocks: BTreeSet::new(),
         }
     }
 
-    /// The operator plugs a module in or asks for it back; returns whether that was done.
-    fn toggle_module(&mut self, index: usize) -> bool {
+    /// A step of plugging a module in, or of pulling it: that takes several, with whatever happens between them.
+    fn work_on_module(&mut self, index: usize) -> Unplug {
         let start = MODULES[index];
-        if self.modules[index] {
-            let removed = self
-                .machine
-                .offline_and_remove_memory(Owner::ACPI, start, BLOCK);
-            if removed.is_err() {
-                return false;
+        let id = start / BLOCK;
+        let emptied = match (self.machine.block_state(id), self.emptying[index].take()) {
+            (None, _) => {
+                self.slots.plug(start, BLOCK);
+                let request = AddMemory {
+                    owner: Owner::ACPI,
+                    ..AddMemory::new(start, BLOCK)
+                };
+                self.machine.add_memory(&request).unwrap();
+                self.machine.online(id, OnlineType::Movable).unwrap();
+                return Unplug::Going;
             }
-            self.slots.pull(start, BLOCK);
-        } else {
-            self.slots.plug(start, BLOCK);
-            let request = AddMemory {
-                owner: Owner::ACPI,
-                ..AddMemory::new(start, BLOCK)
-            };
-            self.machine.add_memory(&request).unwrap();
-            self.machine
-                .online(start / BLOCK, OnlineType::Movable)
-                .unwrap();
+            (Some(BlockState::Online), _) => {
+                let Ok(isolation) = self.machine.isolate_block(id) else {
+                    return Unplug::Refused;
+                };
+                self.emptying[index] = Some(isolation);
+                return Unplug::Going;
+            }
+            (_, Some(isolation)) => match self.machine.migrate(&isolation, 40) {
+                Ok(Migration::More) => {
+                    self.emptying[index] = Some(isolation);
+                    return Unplug::Going;
+                }
+                Ok(Migration::Done) => self.machine.commit(isolation),
+                Err(error) => {
+                    self.machine.cancel(isolation);
+                    Err(error)
+                }
+            },
+            (_, None) => Ok(()),
+        };
+        if emptied.is_err() {
+            return Unplug::Refused;
         }
-        self.modules[index] ^= true;
-        true
+        self.machine
+            .remove_memory(Owner::ACPI, start, BLOCK)
+            .unwrap();
+        self.slots.pull(start, BLOCK);
+        Unplug::Pulled
     }
 
     /// virtio-mem plugs a device block of 2 MiB or unplugs it; returns whether that was done.
@@ -428,7 +455,7 @@ fn s1_01_only_the_owner_removes_memory_and_acpi_adopts_what_it_finds_after_a_reb
 fn s1_02_lender_never_touches_memory_that_is_pulled() {
     // What is offline is not free: the module goes without anybody being asked.
     let mut wrong = Hardware::new();
-    wrong.toggle_module(0);
+    wrong.work_on_module(0);
     wrong.machine.offline(MODULES[0] / BLOCK).unwrap();
     let lender = Lender::attach(&mut wrong.machine);
     lender
@@ -438,28 +465,24 @@ fn s1_02_lender_never_touches_memory_that_is_pulled() {
         .push(MODULES[0]..MODULES[0] + PAGEBLOCK);
     wrong.slots.page(MODULES[0]);
     assert_eq!(wrong.slots.violations(), 0);
-    assert!(
-        wrong.toggle_module(0),
-        "nothing goes offline, so nobody can object"
-    );
+    // Nothing goes offline, so nobody can object.
+    assert_eq!(wrong.work_on_module(0), Unplug::Pulled);
     wrong.slots.page(MODULES[0]);
     assert_eq!(wrong.slots.violations(), 1);
 
     // What was allocated is not pulled, or is moved first.
     let (mut vetoed, mut pulled, mut lent, mut unplugged, mut kept) = (0, 0, 0, 0, 0);
-    for seed in 0..8 {
+    for seed in 0..12 {
         let mut random = Random(seed);
         let mut hardware = Hardware::new();
         let lender = Lender::attach(&mut hardware.machine);
         let mut pages: Vec<(PageHandle, u64)> = Vec::new();
         for step in 0..400 {
-            match random.below(8) {
-                0 => {
-                    let index = random.below(2);
-                    let was_there = hardware.modules[index];
-                    let done = hardware.toggle_module(index);
-                    vetoed += usize::from(!done);
-                    pulled += usize::from(was_there && done);
+            match random.below(9) {
+                0 | 8 => {
+                    let done = hardware.work_on_module(random.below(2));
+                    vetoed += usize::from(done == Unplug::Refused);
+                    pulled += usize::from(done == Unplug::Pulled);
                 }
                 1 | 2 => {
                     let number = (random.below(2) * 64 + random.below(16)) as u64;
@@ -505,9 +528,8 @@ fn s1_02_lender_never_touches_memory_that_is_pulled() {
         }
     }
     // All of it happened, many times.
-    for count in [vetoed, pulled, lent, unplugged, kept] {
-        assert!(count >= 30);
-    }
+    let counts = [vetoed, pulled, lent, unplugged, kept];
+    assert!(counts.iter().all(|count| *count >= 20), "{counts:?}");
 }
 
 #[test]
