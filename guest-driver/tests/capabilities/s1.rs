@@ -22,7 +22,9 @@ use virtio_mem_driver::hotplug::{
     PhysicalMemory, Profile, ResourceFlags, ResourceTree, SectionInfo, Step, ZoneInfo, ZoneKind,
 };
 
-use crate::support::{GIB, MIB, Machine, SparseMemory, add_online, bare, booted, read, write};
+use crate::support::{
+    GIB, MIB, Machine, SparseMemory, add_online, bare, booted, check, read, refused, write,
+};
 
 const BLOCK: u64 = 128 * MIB;
 const PAGEBLOCK: u64 = 2 * MIB;
@@ -31,23 +33,6 @@ const PAGE: u64 = 4096;
 const BOOT: u64 = 4 * GIB;
 const MODULES: [u64; 2] = [8 * GIB, 9 * GIB];
 const REGION: u64 = 16 * GIB;
-
-fn check(machine: &Machine) {
-    assert_eq!(machine.check_invariants(), Ok(()));
-}
-
-/// `operation` is refused with `error`, and nothing has changed.
-#[track_caller]
-fn refused<T: std::fmt::Debug>(
-    machine: &mut Machine,
-    error: Error,
-    operation: impl FnOnce(&mut Machine) -> Result<T, Error>,
-) {
-    let before = machine.snapshot();
-    assert_eq!(operation(machine).unwrap_err(), error);
-    assert_eq!(machine.snapshot(), before);
-    check(machine);
-}
 
 fn section(machine: &Machine, address: u64) -> Option<SectionInfo> {
     let number = address >> machine.profile().section_shift;
