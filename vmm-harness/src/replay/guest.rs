@@ -318,7 +318,7 @@ impl Guest {
             .map_err(|error| error.to_string())?;
         // Other commands print, too: what `echo` prints must be there, in this order.
         let mut lines = out.lines();
-        for expected in printed {
+        for expected in printed.into_iter().map(|line| line.text) {
             let found = lines.by_ref().any(|line| line == expected);
             checks.push(Check {
                 subject: "shell".into(),

@@ -13,7 +13,7 @@
 //! | the state at boot | `boot.rs` |
 //! | what is done to the model, and what it is told | `guest.rs`, `inputs.rs` |
 //! | how ACPI ejects a DIMM | `eject.rs` |
-//! | the recorded shell scripts | `shell.rs` |
+//! | the recorded shell scripts | `script.rs`, `shell.rs` |
 //! | what is compared | `compare.rs` |
 //! | the map of blocks and zones | `show.rs` |
 
@@ -22,6 +22,7 @@ mod compare;
 mod eject;
 mod guest;
 mod inputs;
+mod script;
 mod shell;
 mod show;
 mod snapshot;
