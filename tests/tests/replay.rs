@@ -538,7 +538,8 @@ fn states_and_uevents_of_a_pending_eject_may_lag() {
 
     // The state was read after, and the uevent comes with the next step.
     let mut late = trace.clone();
-    late["steps"][9]["blocks"]["33"]["state"] = json!("offline");
+    late["steps"][9]["blocks"]["33"] =
+        json!({ "state": "offline", "valid_zones": "Normal Movable" });
     assert_eq!(inputs(&late), (0, 1));
     // But it has to come.
     late["steps"][10]["uevents"]

@@ -3,9 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use virtio_mem_driver::hotplug::{
-    AddMemory, BlockState, Error, GroupId, Isolation, Owner, Target,
-};
+use virtio_mem_driver::hotplug::{AddMemory, BlockState, Error, GroupId, Isolation, Owner, Target};
 
 use super::eject::{Action, Attempt, Eject};
 use super::guest::{Check, Guest, lock};
@@ -117,9 +115,8 @@ impl Guest {
     ) -> Result<(), String> {
         let mut ended = Vec::new();
         while let Some(mut pending) = self.ejects.pop_front() {
-            let outcome = asked.filter(|(id, outcome)| {
-                *id == pending.dimm && *outcome != EjectOutcome::Timeout
-            });
+            let outcome = asked
+                .filter(|(id, outcome)| *id == pending.dimm && *outcome != EjectOutcome::Timeout);
             let answer = self.answer(&pending.dimm, &step.messages);
             let answered = outcome.is_some() || answer.is_some();
             let Some(got) = self.continue_eject(&mut pending, step, answered)? else {

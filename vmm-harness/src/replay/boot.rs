@@ -7,9 +7,7 @@ use virtio_mem_driver::hotplug::{Boot, BootRange, Config, MemmapRule, OnlineType
 
 use super::check::{check_dimm, parse_node_list};
 use super::snapshot::Snapshot;
-use super::trace::{
-    Dimm, MAX_MEMORY, PAGE_SIZE, Trace, TraceError, impossible,
-};
+use super::trace::{Dimm, MAX_MEMORY, PAGE_SIZE, Trace, TraceError, impossible};
 
 /// Where a kernel's version or build makes a difference.
 #[derive(Clone, Copy, Debug)]

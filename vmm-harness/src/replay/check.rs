@@ -183,4 +183,3 @@ pub(super) fn check_dimm(place: &str, dimm: &Dimm, block_size: u64) -> Result<()
     }
     Ok(())
 }
-

@@ -141,11 +141,7 @@ impl<'a> Comparison<'a> {
     }
 
     /// The state after a step. The result is compared by who has it.
-    pub(super) fn step(
-        &mut self,
-        step: &Step,
-        got: &Snapshot,
-    ) -> Result<(), Mismatch> {
+    pub(super) fn step(&mut self, step: &Step, got: &Snapshot) -> Result<(), Mismatch> {
         if let Some(blocks) = &step.blocks {
             let mut ids: BTreeSet<u64> = got.blocks.keys().copied().collect();
             if !self.boot_blocks_recorded {
@@ -187,10 +183,11 @@ impl<'a> Comparison<'a> {
             && recorded.state == "going-offline"
             && got.state == "offline"
         {
+            // The zones it may go to were read then, too.
             self.early_states += 1;
-        } else {
-            self.value(subject, "state", &recorded.state, &got.state)?;
+            return self.value(subject, "node", &recorded.node, &got.node);
         }
+        self.value(subject, "state", &recorded.state, &got.state)?;
         if let (Some(recorded), Some(got)) = (&recorded.valid_zones, &got.valid_zones) {
             self.value(subject, "valid_zones", recorded, got)?;
         }

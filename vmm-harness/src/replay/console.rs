@@ -23,8 +23,7 @@ impl Guest {
         checks: &mut Vec<Check>,
     ) -> Result<(), String> {
         // Once with nothing behind it, to learn which writes were recorded as failed.
-        let rehearsed =
-            shell::run(script, &mut |_, _| true).map_err(|error| error.to_string())?;
+        let rehearsed = shell::run(script, &mut |_, _| true).map_err(|error| error.to_string())?;
         let failed = failed_writes(&rehearsed, out);
         let (mut number, mut wrong) = (0, None);
         let printed = shell::run(script, &mut |file, text| {
@@ -147,9 +146,9 @@ fn failed_writes(printed: &[Printed], out: &str) -> Vec<usize> {
     let mut failed = Vec::new();
     for line in printed {
         let as_failed = line.status_of.as_ref();
-        let found = lines.by_ref().find(|found| {
-            *found == line.text || as_failed.is_some_and(|(_, text)| *found == text)
-        });
+        let found = lines
+            .by_ref()
+            .find(|found| *found == line.text || as_failed.is_some_and(|(_, text)| *found == text));
         if let (Some(found), Some((write, text))) = (found, as_failed)
             && found == text
         {

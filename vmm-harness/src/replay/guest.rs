@@ -197,7 +197,12 @@ impl Guest {
     }
 
     /// A program writes a file.
-    pub(super) fn write(&mut self, file: &str, text: &str, errno: Option<Error>) -> Result<(), Error> {
+    pub(super) fn write(
+        &mut self,
+        file: &str,
+        text: &str,
+        errno: Option<Error>,
+    ) -> Result<(), Error> {
         if file.ends_with("_offline_page") && !self.memory_failure {
             return Err(Error::NotFound);
         }

@@ -56,7 +56,10 @@ pub(super) fn render(snapshot: &Snapshot, block_pages: u64) -> String {
         let cells = columns.iter().map(|column| match column {
             None => '~',
             Some(id) => match &snapshot.blocks[id] {
-                block if block.node == node => symbol(&block.state, block.valid_zones.as_deref().unwrap_or_default()),
+                block if block.node == node => symbol(
+                    &block.state,
+                    block.valid_zones.as_deref().unwrap_or_default(),
+                ),
                 _ => ' ',
             },
         });
