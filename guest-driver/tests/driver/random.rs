@@ -2,7 +2,7 @@
 //! everything is given back.
 
 use proptest::prelude::*;
-use virtio_mem_driver::driver::{Policy, Progress};
+use virtio_mem_driver::driver::{self, Policy, Progress};
 use virtio_mem_driver::hotplug::{Mobility, OnlineType, PageHandle};
 use virtio_mem_wire::Answer;
 
@@ -132,6 +132,8 @@ impl World {
                     retry_at_ms: Some(at),
                     ..
                 } => self.rig.now_ms = at,
+                // Until something changes.
+                Progress::Stalled { .. } => return,
                 other => panic!("{other:?}"),
             }
             let plugged = self.rig.driver.plugged_size();
@@ -159,9 +161,14 @@ proptest! {
         operations in prop::collection::vec(operation(), 1..60),
         offset_mib in prop_oneof![Just(0u64), Just(64), Just(3)],
         stay_offline in prop::bool::weighted(0.1),
+        linux in any::<bool>(),
+        big_blocks in prop::bool::weighted(0.3),
     ) {
         let policy = Policy {
             auto_online: (!stay_offline).then_some(OnlineType::Movable),
+            strategy: if linux { driver::Strategy::Linux } else { driver::Strategy::Direct },
+            force_bbm: big_blocks,
+            ..Policy::default()
         };
         let device = Device::new(4 * GIB + offset_mib * MIB, REGION, MIB);
         let mut world = World { rig: Rig::on(device, policy), held: Vec::new(), next_tag: 1 };

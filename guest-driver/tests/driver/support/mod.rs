@@ -7,7 +7,7 @@ pub(crate) mod memory;
 use std::sync::Arc;
 
 use virtio_mem_driver::driver::{MemDriver, Policy, ProbeError, Progress};
-use virtio_mem_driver::hotplug::{Hotplug, Mobility, PageHandle, Profile};
+use virtio_mem_driver::hotplug::{Hotplug, Mobility, OnlineType, PageHandle, Profile};
 
 use device::{Device, FakeTransport};
 use dma::FakeHal;
@@ -16,14 +16,19 @@ use memory::PluggedMemory;
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const GIB: u64 = 1 << 30;
 
+/// Linux's policy, but that memory goes online in Movable.
+pub(crate) const LINUX: Policy = Policy {
+    auto_online: Some(OnlineType::Movable),
+    ..Policy::linux()
+};
+
 pub(crate) type Driver = MemDriver<FakeHal, FakeTransport>;
 
 pub(crate) fn probe(device: &Arc<Device>) -> Result<Driver, ProbeError> {
-    MemDriver::probe(
-        FakeTransport(Arc::clone(device)),
-        &Profile::X86_64,
-        Policy::default(),
-    )
+    let memory = PluggedMemory(Arc::clone(device));
+    let mut hotplug = Hotplug::new(Profile::X86_64, memory).unwrap();
+    let transport = FakeTransport(Arc::clone(device));
+    MemDriver::probe(transport, &mut hotplug, Policy::default())
 }
 
 /// A driver at work on a device of `region_size` bytes at 4 GiB, in blocks of 2 MiB.
@@ -42,15 +47,44 @@ impl Rig {
         )
     }
 
+    /// The same under Linux's policy, memory going online in Movable.
+    pub(crate) fn linux(region_size: u64) -> Self {
+        Self::on(Device::new(4 * GIB, region_size, 2 * MIB), LINUX)
+    }
+
     pub(crate) fn on(device: Arc<Device>, policy: Policy) -> Self {
+        Self::with_profile(device, policy, Profile::X86_64)
+    }
+
+    pub(crate) fn with_profile(device: Arc<Device>, policy: Policy, profile: Profile) -> Self {
         let transport = FakeTransport(Arc::clone(&device));
         let memory = PluggedMemory(Arc::clone(&device));
+        let mut hotplug = Hotplug::new(profile, memory).unwrap();
         Self {
-            driver: MemDriver::probe(transport, &Profile::X86_64, policy).unwrap(),
-            hotplug: Hotplug::new(Profile::X86_64, memory).unwrap(),
+            driver: MemDriver::probe(transport, &mut hotplug, policy).unwrap(),
+            hotplug,
             device,
             now_ms: 0,
         }
+    }
+
+    /// Replaces the driver by one that is probed anew.
+    pub(crate) fn probe_again(self, policy: Policy) -> Result<Self, ProbeError> {
+        let Self {
+            device,
+            driver,
+            mut hotplug,
+            now_ms,
+        } = self;
+        drop(driver);
+        let transport = FakeTransport(Arc::clone(&device));
+        let driver = MemDriver::probe(transport, &mut hotplug, policy)?;
+        Ok(Self {
+            device,
+            driver,
+            hotplug,
+            now_ms,
+        })
     }
 
     /// One step, interrupts taken before.
@@ -66,7 +100,7 @@ impl Rig {
         for _ in 0..100_000 {
             match self.step() {
                 Progress::Converging => {}
-                Progress::AwaitingDevice if !self.driver.awaits_device() => {}
+                Progress::AwaitingDevice if !self.driver.awaits_device(self.now_ms) => {}
                 // An interrupt came with the answer that ended this run.
                 _ if !self.device.state().interrupt.is_empty() => {}
                 progress => return progress,
@@ -92,7 +126,8 @@ impl Rig {
             self.driver.plugged_size(),
             state.config.mutable.plugged_size
         );
-        let managed = self.hotplug.counts().managed * 4096;
+        let page_size = self.hotplug.profile().page_size();
+        let managed = self.hotplug.counts().managed * page_size;
         assert!(managed <= self.driver.plugged_size());
     }
 
