@@ -109,6 +109,27 @@ impl Rig {
         panic!("the driver does not come to rest");
     }
 
+    /// Asks for `size`, lets the driver get as far as it can, and returns the requests that took, in
+    /// `(name, first block, blocks)`.
+    pub(crate) fn requests_for(&mut self, size: u64) -> Vec<(String, u64, u64)> {
+        self.device.request(size);
+        self.run();
+        self.check();
+        self.device.state().take_requests()
+    }
+
+    /// Brings a memory block online, as user space would, and returns the requests that follow.
+    pub(crate) fn requests_after_online(
+        &mut self,
+        id: u64,
+        online_type: OnlineType,
+    ) -> Vec<(String, u64, u64)> {
+        self.hotplug.online(id, online_type).unwrap();
+        self.run();
+        self.check();
+        self.device.state().take_requests()
+    }
+
     /// Asks for `size` and checks that both halves get there.
     pub(crate) fn resize(&mut self, size: u64) {
         self.device.request(size);
