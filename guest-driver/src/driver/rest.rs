@@ -60,7 +60,6 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             reason,
             retry_at_ms,
         });
-        self.seen = self.attachment.watch.seen();
     }
 
     /// All that can be done is done.
@@ -73,7 +72,6 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         self.retry_delay_ms = delays(self.policy.strategy).0;
         self.resyncs = 0;
         self.rest = Rest::Settled;
-        self.seen = self.attachment.watch.seen();
     }
 
     /// Everything may be tried again.
@@ -104,7 +102,6 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         let seen = self.attachment.watch.seen();
         let onlined = seen.onlined != self.seen.onlined;
         let offlined = seen.offlined != self.seen.offlined;
-        self.seen = seen;
         if self.rest == Rest::None || !(onlined || offlined) {
             return;
         }

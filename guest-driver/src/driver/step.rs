@@ -47,6 +47,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             self.stop_emptying(hotplug);
             Progress::Failed(failure)
         });
+        // What has gone online or offline meanwhile is the driver's own doing.
+        self.seen = self.attachment.watch.seen();
         self.awaiting = progress == Progress::AwaitingDevice;
         self.report(hotplug, progress);
         progress
@@ -56,6 +58,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         if self.phase == Phase::Suspended {
             return Ok(Progress::Suspended);
         }
+        self.check_triggers(hotplug);
         if self.needs_reset {
             return Err(Failure::NeedsReset);
         }
@@ -76,7 +79,6 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                 _ => Progress::AwaitingDevice,
             });
         }
-        self.check_triggers(hotplug);
         let unstable = matches!(self.rest, Rest::Waiting(w) if w.reason == Stall::ConfigUnstable);
         // Nothing new is sent until everything that is in flight has been answered: only then the sizes compare.
         if self.config_changed && !unstable {

@@ -6,7 +6,7 @@ use virtio_mem_driver::hotplug::{Mobility, OnlineType};
 use virtio_mem_wire::BlockRange;
 
 use crate::support::device::Device;
-use crate::support::{GIB, MIB, Rig};
+use crate::support::{GIB, MIB, NO_METADATA, Rig};
 
 const BLOCKS: usize = 256;
 
@@ -210,10 +210,8 @@ fn offline_memory_is_not_added_beyond_the_threshold_and_any_online_resumes() {
 
 #[test]
 fn memory_that_cannot_be_added_stays_plugged_and_is_added_later() {
-    use virtio_mem_driver::hotplug::{Error, Fault, Step};
     let mut rig = Rig::new(GIB);
-    rig.hotplug
-        .inject(Fault::new(Step::Memmap, Error::NoMemory));
+    rig.hotplug.inject(NO_METADATA);
     rig.device.request(256 * MIB);
     let Progress::Stalled {
         reason: Stall::NoMemory,

@@ -32,6 +32,9 @@ fn g_16_nothing_deeper_than_idle_while_memory_is_plugged() {
     assert_eq!(rig.run(), Progress::Settled);
     assert_eq!(rig.driver.plugged_size(), 128 * MIB);
     rig.verify(&pages);
+    for page in pages {
+        rig.hotplug.free(page).unwrap();
+    }
     rig.resize(0);
     rig.driver.suspend(&mut rig.hotplug, Suspend::Ram).unwrap();
     rig.driver.resume().unwrap();

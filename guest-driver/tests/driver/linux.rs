@@ -3,10 +3,10 @@
 use virtio_mem_driver::driver::{
     Mode, Policy, ProbeError, Progress, Stall, UnitState, UnreachableReason,
 };
-use virtio_mem_driver::hotplug::{BlockState, Error, Fault, Mobility, OnlineType, Profile, Step};
+use virtio_mem_driver::hotplug::{BlockState, Mobility, OnlineType, Profile};
 
 use crate::support::device::{Device, Misbehave};
-use crate::support::{GIB, LINUX, MIB, Rig};
+use crate::support::{GIB, LINUX, MIB, NO_METADATA, Rig};
 use OnlineType::{Kernel, Movable};
 use virtio_mem_wire::{Answer, BlockRange};
 
@@ -226,8 +226,7 @@ fn waits_are_50_seconds_and_double_as_they_pass_up_to_300() {
 #[test]
 fn memory_that_cannot_be_added_is_unplugged_before_the_wait() {
     let mut rig = Rig::linux(GIB);
-    rig.hotplug
-        .inject(Fault::new(Step::Memmap, Error::NoMemory));
+    rig.hotplug.inject(NO_METADATA);
     assert_eq!(
         rig.requests_for(128 * MIB),
         [plug(&[(0, 64)]), unplug(&[(0, 64)])].concat()

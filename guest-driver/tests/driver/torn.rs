@@ -51,17 +51,14 @@ fn h_02_pieces_that_are_refused_follow_later() {
             let mut rig = rig(policy);
             for size in [512 * MIB, 0] {
                 rig.device.request(size);
-                let mut steps = 0;
                 let done = |rig: &Rig| rig.device.state().requests.len();
                 let before = done(&rig);
-                while done(&rig) < before + good {
-                    rig.step();
-                    steps += 1;
-                    assert!(steps < 1000);
-                }
+                // One request may be all there is: UNPLUG ALL.
+                while done(&rig) < before + good && rig.step() != Progress::Settled {}
                 let busy = Misbehave::Answer(Answer::Busy);
                 rig.device.state().misbehave.push_back(busy);
                 run_through_waits(&mut rig);
+                rig.device.state().misbehave.clear();
                 assert_eq!(rig.driver.plugged_size(), size, "{good}");
                 assert_eq!(rig.hotplug.counts().managed, size / 4096);
             }

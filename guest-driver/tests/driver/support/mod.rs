@@ -7,7 +7,9 @@ pub(crate) mod memory;
 use std::sync::Arc;
 
 use virtio_mem_driver::driver::{MemDriver, Policy, ProbeError, Progress};
-use virtio_mem_driver::hotplug::{Hotplug, Mobility, OnlineType, PageHandle, Profile};
+use virtio_mem_driver::hotplug::{
+    Error, Fault, Hotplug, Mobility, OnlineType, PageHandle, Profile, Step,
+};
 
 use device::{Device, FakeTransport};
 use dma::FakeHal;
@@ -15,6 +17,13 @@ use memory::PluggedMemory;
 
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const GIB: u64 = 1 << 30;
+
+/// No memory for the metadata of the next section.
+pub(crate) const NO_METADATA: Fault = Fault {
+    step: Step::Memmap,
+    skip: 0,
+    error: Error::NoMemory,
+};
 
 /// Linux's policy, but that memory goes online in Movable.
 pub(crate) const LINUX: Policy = Policy {
