@@ -102,6 +102,13 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                     scan.answer(&self.layout, range, state);
                 }
             }
+            // There is no such answer (D-47), but it is clear what it means.
+            (Sent::State(range), Response::Busy) => {
+                if let Some(scan) = &mut self.scan {
+                    scan.repeat(range);
+                }
+                self.wait(Stall::DeviceBusy);
+            }
             (Sent::State(_), _) => return Err(Failure::Answer { request, answer }),
             (_, Response::Ack | Response::AckState(_)) => self.done(sent),
             (_, Response::Busy) => {

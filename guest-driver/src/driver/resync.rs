@@ -52,6 +52,11 @@ impl Scan {
         }
     }
 
+    /// Asks for a range again.
+    pub(super) fn repeat(&mut self, range: BlockRange) {
+        self.todo.push(range);
+    }
+
     /// Takes the state of a range.
     pub(super) fn answer(&mut self, layout: &Layout, range: BlockRange, state: BlockState) {
         match state {
@@ -113,6 +118,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
 
     fn start_scan(&mut self, reason: ResyncReason) {
         self.events.emit(Event::Resync(reason));
+        self.end_rest();
         let usable_size = self.config.mutable.usable_region_size;
         self.scan = Some(Scan::new(&self.layout, usable_size));
     }

@@ -88,11 +88,11 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             self.refresh(hotplug)?;
             return Ok(Progress::Converging);
         }
-        if self.scan.is_some() {
-            return self.scan_some(hotplug);
-        }
         if self.rest != Rest::None {
             return Ok(self.resting());
+        }
+        if self.scan.is_some() {
+            return self.scan_some(hotplug);
         }
         self.advance(hotplug)
     }

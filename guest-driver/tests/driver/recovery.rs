@@ -231,7 +231,7 @@ fn scan_of_one_run_takes_few_requests_and_is_reported() {
 
 #[test]
 fn state_that_is_not_acknowledged_is_not_believed() {
-    for answer in [Answer::Error, Answer::Nack, Answer::Busy] {
+    for answer in [Answer::Error, Answer::Nack] {
         let mut rig = Rig::new(GIB);
         rig.resize(64 * MIB);
         rig.device
@@ -244,6 +244,25 @@ fn state_that_is_not_acknowledged_is_not_believed() {
             Progress::Failed(Failure::Answer { request, .. }) if request.kind() == RequestKind::State
         ));
     }
+}
+
+#[test]
+fn d_47_device_that_is_busy_all_the_same_is_asked_again() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(64 * MIB);
+    let busy = Misbehave::Answer(Answer::Busy);
+    rig.device.state().misbehave.push_back(busy);
+    meddle(&rig, &[], &[range(31, 1)]);
+    let Progress::Stalled {
+        retry_at_ms: Some(at),
+        ..
+    } = rig.run()
+    else {
+        panic!("not asked again");
+    };
+    rig.now_ms = at;
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.check();
 }
 
 #[test]

@@ -82,10 +82,20 @@ impl Rig {
         let Self {
             device,
             driver,
-            mut hotplug,
+            hotplug,
             now_ms,
         } = self;
         drop(driver);
+        Self::again(device, hotplug, policy, now_ms)
+    }
+
+    /// A driver for a device and memory that another one has left.
+    pub(crate) fn again(
+        device: Arc<Device>,
+        mut hotplug: Hotplug<PluggedMemory>,
+        policy: Policy,
+        now_ms: u64,
+    ) -> Result<Self, ProbeError> {
         let transport = FakeTransport(Arc::clone(&device));
         let driver = MemDriver::probe(transport, &mut hotplug, policy)?;
         Ok(Self {
