@@ -17,7 +17,7 @@ fn recorded(name: &str) -> Value {
 
 fn try_replay(trace: &Value) -> Result<Summary, ReplayError> {
     let trace = Trace::parse(trace.to_string().as_bytes())?;
-    replay(&trace, &mut |_| {})
+    replay(&trace, None)
 }
 
 /// The difference after `change` was made to the trace.
@@ -94,6 +94,7 @@ fn nobody_else_takes_a_block_offline_while_an_eject_goes_on() {
     let mut trace = recorded("s4-6.12-tmpfs-full.json");
     let write = json!({ "op": "write_state", "target": 35, "arg": "offline", "result": "EINTR", "timed_out": true });
     trace["steps"].as_array_mut().unwrap().insert(9, write);
+    trace["incomplete"] = json!(true);
     let summary = try_replay(&trace).unwrap();
     assert_eq!(summary.difference, None);
     assert_eq!((summary.inputs.interrupted, summary.inputs.endless), (1, 1));
@@ -113,6 +114,7 @@ fn eject_is_refused_by_a_notifier_without_help_from_the_trace() {
     let script = "cd /sys; echo -1 > /sys/kernel/debug/notifier-error-inject/memory/actions/MEM_GOING_OFFLINE/error";
     let veto = json!({ "op": "shell", "target": null, "arg": script, "result": 0, "out": "" });
     steps.insert(6, veto);
+    trace["incomplete"] = json!(true);
     let summary = try_replay(&trace).unwrap();
     assert_eq!(
         (summary.difference, summary.inputs),
@@ -124,6 +126,7 @@ fn eject_is_refused_by_a_notifier_without_help_from_the_trace() {
 fn replay_steps(name: &str, steps: Value) -> Result<Summary, ReplayError> {
     let mut trace = recorded(name);
     trace["steps"] = steps;
+    trace["incomplete"] = json!(true);
     try_replay(&trace)
 }
 
@@ -394,7 +397,210 @@ fn damaged_files_never_panic() {
             }
         }
         if let Ok(trace) = Trace::parse(&damaged) {
-            let _either_way = replay(&trace, &mut |_| {});
+            let _either_way = replay(&trace, None);
         }
     }
+}
+
+/// The outcome of an eject is the model's own, whatever the recording says.
+#[test]
+fn eject_that_ends_another_way_is_told_apart() {
+    for (name, outcomes) in [
+        ("s3-6.12-on-remove.json", ["guest_error", "timeout"]),
+        (
+            "s4-6.12-rollback-autoonline-movable.json",
+            ["deleted", "timeout"],
+        ),
+        ("s4-6.12-tmpfs-full.json", ["deleted", "guest_error"]),
+    ] {
+        for outcome in outcomes {
+            let found = difference(name, |trace| {
+                let steps = trace["steps"].as_array_mut().unwrap();
+                let eject = steps.iter_mut().find(|step| step["op"] == "device_del");
+                eject.unwrap()["outcome"] = json!(outcome);
+            });
+            assert!(
+                found.operation.starts_with("device_del"),
+                "{name} {outcome}: {found}"
+            );
+        }
+    }
+    let found = difference("s3-6.12-on-remove.json", |trace| {
+        let steps = trace["steps"].as_array_mut().unwrap();
+        let eject = steps.iter_mut().find(|step| step["op"] == "device_del");
+        eject.unwrap()["outcome"] = json!("guest_error");
+    });
+    assert_eq!(
+        (
+            found.field.as_str(),
+            found.expected.as_str(),
+            found.got.as_str()
+        ),
+        ("outcome", "guest_error", "deleted")
+    );
+}
+
+/// The step of a trace that has a pending eject, after which the machine hears its end.
+fn with_messages(messages: Value) -> Option<Difference> {
+    let mut trace = recorded("s4-6.12-tmpfs-full.json");
+    let steps = trace["steps"].as_array_mut().unwrap();
+    let waiting = steps.iter().position(|step| step["op"] == "device_del");
+    steps[waiting.unwrap()]["qmp_events"]
+        .as_array_mut()
+        .unwrap()
+        .extend(messages.as_array().unwrap().iter().cloned());
+    try_replay(&trace).unwrap().difference
+}
+
+#[test]
+fn messages_end_the_eject_of_their_own_dimm_only() {
+    let ost = |fields: Value| {
+        let mut info = json!({ "source": 3, "slot-type": "DIMM" });
+        let info_fields = info.as_object_mut().unwrap();
+        info_fields.extend(fields.as_object().unwrap().clone());
+        json!({ "event": "ACPI_DEVICE_OST", "info": info })
+    };
+    for others in [
+        json!([{ "event": "DEVICE_DELETED", "device": "dimm7" }]),
+        json!([ost(
+            json!({ "device": "dimm7", "slot": "7", "status": 130 })
+        )]),
+        json!([ost(json!({ "slot": "7", "status": 0 }))]),
+        json!([ost(json!({ "slot": "0", "status": 132 }))]),
+    ] {
+        assert_eq!(with_messages(others.clone()), None, "{others}");
+    }
+    for own in [
+        json!([{ "event": "DEVICE_DELETED", "device": "dimm0" }]),
+        json!([ost(
+            json!({ "device": "dimm0", "slot": "0", "status": 131 })
+        )]),
+        json!([ost(json!({ "slot": "0", "status": 0 }))]),
+    ] {
+        assert!(with_messages(own.clone()).is_some(), "{own}");
+    }
+}
+
+#[test]
+fn operations_are_read_in_every_form_they_were_recorded_in() {
+    let ratio = |target: Value, arg: Value, value_after: Value| json!({ "op": "write_param", "target": target, "arg": arg, "result": 0, "value_after": value_after });
+    let state = |target: Value, arg: Value| json!({ "op": "write_state", "target": target, "arg": arg, "result": 0 });
+    let steps = json!([
+        ratio(json!("auto_movable_ratio"), json!(100), json!("100")),
+        ratio(json!("/sys/module/memory_hotplug/parameters/auto_movable_ratio"), json!("101"), json!(101)),
+        ratio(json!(null), json!("auto_movable_ratio=102"), json!("102")),
+        ratio(json!(null), json!({ "name": "auto_movable_ratio", "value": 103 }), json!("103")),
+        ratio(json!(null), json!(["auto_movable_ratio", "104"]), json!("104")),
+        ratio(json!("auto_movable_numa_aware"), json!(false), json!(false)),
+        ratio(json!("auto_movable_numa_aware"), json!("Y"), json!(true)),
+        { "op": "add_dimm", "target": "d", "arg": { "addr": 4_294_967_296u64, "size": 134_217_728, "node": null },
+          "result": 0, "uevents": ["add memory32", "change memory32", "bind memory32"] },
+        state(json!("memory32"), json!(null)),
+        state(json!("32"), json!("")),
+        { "op": "write_online", "target": "memory32", "arg": true, "result": 0, "uevents": ["online memory32"] },
+        { "op": "shell", "target": null, "arg": "grep nothing /proc/meminfo", "result": 1, "out": "" },
+    ]);
+    let summary = replay_steps("s1d-6.12-sticky_type.json", steps).unwrap();
+    assert_eq!((summary.steps, summary.difference), (12, None));
+}
+
+#[test]
+fn states_and_uevents_of_a_pending_eject_may_lag() {
+    // Memory block 33 goes offline in step 9, and the eject goes on.
+    let mut trace = recorded("s4-6.12-tmpfs-full.json");
+    let step = &mut trace["steps"][9];
+    step["memtotal_kib"] = json!(step["memtotal_kib"].as_u64().unwrap() - 131_072);
+    let zones = step["zoneinfo"].as_array_mut().unwrap();
+    let movable = zones.iter_mut().find(|zone| zone["zone"] == "Movable");
+    let movable = movable.unwrap();
+    for (field, change) in [
+        ("start_pfn", 32_768),
+        ("spanned", -32_768),
+        ("present", -32_768),
+        ("managed", -32_768),
+    ] {
+        movable[field] = json!(movable[field].as_i64().unwrap() + change);
+    }
+    let inputs = |trace: &Value| {
+        let summary = try_replay(trace).unwrap();
+        assert_eq!(summary.difference, None);
+        (summary.inputs.early_states, summary.inputs.late_uevents)
+    };
+
+    // The state was read before, the uevent after.
+    let mut early = trace.clone();
+    early["steps"][9]["uevents"] = json!(["offline memory33"]);
+    early["steps"][10]["uevents"]
+        .as_array_mut()
+        .unwrap()
+        .remove(0);
+    assert_eq!(inputs(&early), (1, 0));
+
+    // The state was read after, and the uevent comes with the next step.
+    let mut late = trace.clone();
+    late["steps"][9]["blocks"]["33"] =
+        json!({ "state": "offline", "valid_zones": "Normal Movable" });
+    assert_eq!(inputs(&late), (0, 1));
+    // But it has to come.
+    late["steps"][10]["uevents"]
+        .as_array_mut()
+        .unwrap()
+        .remove(0);
+    assert!(try_replay(&late).unwrap().difference.is_some());
+}
+
+/// A script that poisons a page which the kernel may have in use.
+#[test]
+fn page_in_use_is_not_poisoned_if_the_trace_says_so() {
+    let add = json!({ "op": "add_dimm", "target": "d", "result": 0, "uevents": ["add memory32"],
+        "arg": { "addr": 4_294_967_296u64, "size": 134_217_728, "node": null } });
+    let poison = |zone: &str, file: &str, out: &str| {
+        let script = format!(
+            "echo 0x100400000 > /sys/devices/system/memory/{file}; echo rc $?; grep -i Hardware /proc/meminfo"
+        );
+        let steps = json!([
+            add,
+            { "op": "write_state", "target": 32, "arg": zone, "result": 0, "uevents": ["online memory32"] },
+            { "op": "shell", "target": null, "arg": script, "result": 0, "out": out },
+        ]);
+        let summary = replay_steps("s1d-6.12-sticky_type.json", steps).unwrap();
+        (summary.difference.is_none(), summary.inputs.in_use)
+    };
+    let (soft, hard) = ("soft_offline_page", "hard_offline_page");
+    let (failed, counted) = (
+        "rc 1\nHardwareCorrupted: 0 kB\n",
+        "rc 1\nHardwareCorrupted: 4 kB\n",
+    );
+    assert_eq!(poison("online_kernel", soft, failed), (true, 1));
+    assert_eq!(poison("online_kernel", hard, counted), (true, 1));
+    assert_eq!(poison("online_movable", soft, failed), (false, 0));
+}
+
+#[test]
+fn veto_with_an_unknown_errno_is_an_error() {
+    let script = "echo -4000 > /sys/kernel/debug/notifier-error-inject/memory/actions/MEM_GOING_ONLINE/error";
+    let steps = json!([{ "op": "shell", "target": null, "arg": script, "result": 0, "out": "" }]);
+    let error = replay_steps("s1d-6.12-sticky_type.json", steps).unwrap_err();
+    assert!(error.to_string().contains("no errno 4000"), "{error}");
+}
+
+#[test]
+fn command_line_is_understood_before_init_sets_parameters() {
+    let name = "s1d-6.12-sticky_type.json";
+    let pointer = "/boot/memory_hotplug_params/auto_movable_ratio";
+    let mut set = recorded(name);
+    *set.pointer_mut(pointer).unwrap() = json!(77);
+    let summary = try_replay(&set).unwrap();
+    assert_eq!((summary.difference, summary.inputs.parameters), (None, 1));
+    let cmdline = set["boot"]["cmdline"].as_str().unwrap();
+    set["boot"]["cmdline"] = json!(format!("{cmdline} memory_hotplug.auto_movable_ratio=78"));
+    let found = try_replay(&set).unwrap().difference.unwrap();
+    assert_eq!(
+        (
+            found.subject.as_str(),
+            found.expected.as_str(),
+            found.got.as_str()
+        ),
+        ("auto_movable_ratio", "77", "78")
+    );
 }

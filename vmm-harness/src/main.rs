@@ -185,11 +185,12 @@ fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
     let mut reports = Vec::new();
     for file in &args.files {
         let mut written = Ok(());
-        let result = replay::replay_file(file, &mut |map| {
-            if args.show && written.is_ok() {
+        let mut show = |map: &str| {
+            if written.is_ok() {
                 written = writeln!(out, "{map}");
             }
-        });
+        };
+        let result = replay::replay_file(file, args.show.then_some(&mut show));
         written?;
         totals.add(&result);
         match args.json {

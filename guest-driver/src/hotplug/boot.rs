@@ -41,7 +41,7 @@ pub struct Boot {
     /// [adds](Hotplug::add_kmem) it, unless [`Config::soft_reserve`] is off.
     pub special_purpose: Vec<BootRange>,
     /// Addresses where memory may be added later, and the node it is on then (ACPI: the hot-pluggable ranges of the
-    /// SRAT).
+    /// SRAT), see [`Hotplug::target_node`].
     pub hot_pluggable: Vec<BootRange>,
     /// Where Movable begins on a node: the node and the address, a whole pageblock's (Linux: `kernelcore`,
     /// `movablecore`, `movable_node`). On other nodes there is no Movable at boot.
@@ -79,7 +79,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
             true => hotplug.soft_reserve(&boot.special_purpose)?,
             false => ram.extend_from_slice(&boot.special_purpose),
         }
-        hotplug.node_ranges = [ram.as_slice(), &boot.hot_pluggable].concat();
+        hotplug.boot_ram.clone_from(&ram);
+        hotplug.reserved_ranges = [boot.special_purpose.as_slice(), &boot.hot_pluggable].concat();
         for range in &boot.hot_pluggable {
             hotplug.possible(range.nid)?;
         }

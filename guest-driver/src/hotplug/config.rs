@@ -146,7 +146,8 @@ impl Config {
         match name {
             "memmap_on_memory" => {
                 self.memmap_on_memory = match value {
-                    "force" => MemmapOnMemory::Force,
+                    // There was no such word while only single memory blocks could do it.
+                    "force" if self.memmap_rule == MemmapRule::PerBlock => MemmapOnMemory::Force,
                     text if parse_bool(text)? => MemmapOnMemory::On,
                     _ => MemmapOnMemory::Off,
                 };
@@ -274,5 +275,13 @@ mod tests {
         assert_eq!(config.auto_movable_ratio, 301);
         config.apply_command_line("memhp_default_state=offline memhp_default_state=bogus");
         assert_eq!(config.default_online_type, None);
+        let mut old = Config {
+            memmap_rule: MemmapRule::SingleBlock,
+            ..Config::new(Profile::X86_64)
+        };
+        old.apply_command_line("memory_hotplug.memmap_on_memory=force");
+        assert_eq!(old.memmap_on_memory, MemmapOnMemory::Off);
+        old.apply_command_line("memory_hotplug.memmap_on_memory=1");
+        assert_eq!(old.memmap_on_memory, MemmapOnMemory::On);
     }
 }

@@ -9,6 +9,7 @@
 )]
 
 use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
 use core::ops::Range;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,7 +17,7 @@ use super::memory_block::MemoryBlock;
 use super::notifier::MemoryAction;
 use super::page::{Memmap, Page};
 use super::physical_memory::copy_page;
-use super::{BlockState, Error, Hotplug, Mobility, PhysicalMemory, Step, ZoneKind};
+use super::{BlockState, Error, Hotplug, Mobility, PageHandle, PhysicalMemory, Step, ZoneKind};
 
 /// How often a range is gone through before pinned pages in it are reported: where everything is supposed to be
 /// movable, and elsewhere. Offlining tries as often as the former.
@@ -257,6 +258,59 @@ impl<M: PhysicalMemory> Hotplug<M> {
                 self.notifiers.tell(&event);
             }
         }
+    }
+
+    /// Allocates the pages of `[start, start + size)`, unmovable, lowest address first, moving what is in use (Linux:
+    /// `alloc_contig_range`).
+    ///
+    /// This is how a driver comes by memory it hands on: until it [frees](Self::free) the pages, their memory block can
+    /// neither go offline nor be removed, which is not so for what is [withheld](Self::fake_offline). Their contents are
+    /// undefined (G-12).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] in Movable, where nothing may stay; those of [`isolate`](Self::isolate) and
+    /// [`migrate`](Self::migrate); [`Error::NoMemory`] if the handles do not fit into the heap. No page is allocated
+    /// then, but those that were moved stay where they are.
+    pub fn allocate_contiguous(&mut self, start: u64, size: u64) -> Result<Vec<PageHandle>, Error> {
+        let pageblocks = self.pageblocks(start, size)?;
+        for pageblock in pageblocks.clone() {
+            let (memmap, index) = self.online_pageblock(pageblock)?;
+            let zone = memmap.pageblocks[index].zone;
+            if zone.is_some_and(|zone| zone.kind == ZoneKind::Movable) {
+                return Err(Error::Invalid);
+            }
+        }
+        let isolation = self.isolate(start, size)?;
+        let done = self.allocate_isolated(&isolation, pageblocks);
+        self.cancel(isolation);
+        done
+    }
+
+    fn allocate_isolated(
+        &mut self,
+        isolation: &Isolation,
+        pageblocks: Range<u64>,
+    ) -> Result<Vec<PageHandle>, Error> {
+        while self.migrate(isolation, u32::MAX)? == Migration::More {}
+        self.faults.reach(Step::Commit)?;
+        let pageblock_pages = u64::from(self.config.profile.pageblock_pages());
+        let count = (pageblocks.end - pageblocks.start) * pageblock_pages;
+        let mut pages = Vec::new();
+        pages
+            .try_reserve_exact(count as usize)
+            .map_err(|_| Error::NoMemory)?;
+        for pageblock in pageblocks {
+            for _ in 0..pageblock_pages {
+                let Ok(handle) = self.handles.reserve() else {
+                    self.refund_pages(pages);
+                    return Err(Error::NoMemory);
+                };
+                let pfn = self.take_page(pageblock, handle, Mobility::Unmovable);
+                pages.push(self.handles.insert(pfn, Mobility::Unmovable));
+            }
+        }
+        Ok(pages)
     }
 
     /// Keeps the pages of `[start, start + size)` from the allocator, moving what is in use: the range is allocated in

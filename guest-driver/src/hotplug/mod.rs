@@ -178,8 +178,10 @@ pub struct Hotplug<M> {
     /// Each memory block, by id.
     blocks: BTreeMap<u64, MemoryBlock>,
     nodes: Nodes,
-    /// Which addresses belong to which node, as firmware had it at boot.
-    node_ranges: Vec<BootRange>,
+    /// The RAM of boot, in the order firmware had it: it says where memory added by hand goes.
+    boot_ram: Vec<BootRange>,
+    /// Other addresses whose node firmware named at boot.
+    reserved_ranges: Vec<BootRange>,
     groups: Groups,
     device_ranges: device_memory::DeviceRanges,
     handles: Handles,
@@ -226,7 +228,8 @@ impl<M: PhysicalMemory> Hotplug<M> {
             sections: BTreeMap::new(),
             blocks: BTreeMap::new(),
             nodes: Nodes::default(),
-            node_ranges: Vec::new(),
+            boot_ram: Vec::new(),
+            reserved_ranges: Vec::new(),
             groups: Groups::default(),
             device_ranges: device_memory::DeviceRanges::default(),
             handles: Handles::default(),

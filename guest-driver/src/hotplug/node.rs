@@ -99,23 +99,23 @@ impl Zone {
     }
 
     fn add(&mut self, tally: &Tally, early: bool) {
-        self.present += u64::from(tally.present);
-        self.present_early += if early { u64::from(tally.present) } else { 0 };
-        self.managed += u64::from(tally.managed);
-        self.free += u64::from(tally.free);
-        self.allocatable += u64::from(tally.allocatable);
-        self.cma += u64::from(tally.cma);
-        self.isolated += u64::from(tally.isolated);
+        self.change(tally, early, |counter, pages| *counter += u64::from(pages));
     }
 
     fn subtract(&mut self, tally: &Tally, early: bool) {
-        self.present -= u64::from(tally.present);
-        self.present_early -= if early { u64::from(tally.present) } else { 0 };
-        self.managed -= u64::from(tally.managed);
-        self.free -= u64::from(tally.free);
-        self.allocatable -= u64::from(tally.allocatable);
-        self.cma -= u64::from(tally.cma);
-        self.isolated -= u64::from(tally.isolated);
+        self.change(tally, early, |counter, pages| *counter -= u64::from(pages));
+    }
+
+    fn change(&mut self, tally: &Tally, early: bool, change: impl Fn(&mut u64, u32)) {
+        change(&mut self.present, tally.present);
+        if early {
+            change(&mut self.present_early, tally.present);
+        }
+        change(&mut self.managed, tally.managed);
+        change(&mut self.free, tally.free);
+        change(&mut self.allocatable, tally.allocatable);
+        change(&mut self.cma, tally.cma);
+        change(&mut self.isolated, tally.isolated);
     }
 }
 

@@ -339,7 +339,8 @@ impl Memmap {
             None => return None,
         };
         if mobility == Mobility::Unmovable {
-            if block.free == whole {
+            // Memory for contiguous allocations stays that, also while one has it.
+            if block.free == whole && block.class != Class::Cma {
                 block.class = Class::Unmovable;
             }
             block.unmovable += 1;

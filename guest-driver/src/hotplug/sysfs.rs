@@ -142,23 +142,36 @@ impl<M: PhysicalMemory> Hotplug<M> {
         if !address.is_multiple_of(size) {
             return Err(Error::Invalid);
         }
-        let nid = self.node_of_address(address);
+        let nid = self.node_of_probed(address);
         self.add_memory(&AddMemory {
             target: Target::Node(nid),
             ..AddMemory::new(address, size)
         })
     }
 
-    /// The node an address belongs to, as firmware had it at boot; the first one if it did not say (Linux:
+    /// The node that memory added by hand at an address goes to: that of the RAM at boot around it, which takes the
+    /// holes in one node's RAM in; else that of the first RAM firmware named, whatever else it said (Linux:
     /// `memory_add_physaddr_to_nid`).
-    fn node_of_address(&self, address: u64) -> u32 {
-        let range = self
-            .node_ranges
-            .iter()
-            .find(|range| range.bytes.contains(&address));
-        range
-            .or(self.node_ranges.first())
+    fn node_of_probed(&self, address: u64) -> u32 {
+        let ram = self.boot_ram.iter();
+        let below = ram.clone().filter(|range| range.bytes.start <= address);
+        let above = ram.filter(|range| address < range.bytes.start);
+        let below = below.max_by_key(|range| range.bytes.start);
+        let above = above.min_by_key(|range| range.bytes.start);
+        let around = below.filter(|below| {
+            address < below.bytes.end || above.is_some_and(|above| above.nid == below.nid)
+        });
+        around
+            .or(self.boot_ram.first())
             .map_or(0, |range| range.nid)
+    }
+
+    /// The node that firmware named for an address at boot, whether there was RAM or only a place for some: where
+    /// a driver that is not told otherwise adds the memory of its device (Linux: `phys_to_target_node`).
+    pub fn target_node(&self, address: u64) -> Option<u32> {
+        let mut named = self.boot_ram.iter().chain(&self.reserved_ranges);
+        let range = named.find(|range| range.bytes.contains(&address));
+        range.map(|range| range.nid)
     }
 
     /// Splits `memory37/state`. Ids are written as Linux does, without sign or leading zeros.

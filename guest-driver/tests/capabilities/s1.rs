@@ -22,7 +22,9 @@ use virtio_mem_driver::hotplug::{
     PhysicalMemory, Profile, ResourceFlags, ResourceTree, SectionInfo, Step, ZoneInfo, ZoneKind,
 };
 
-use crate::support::{GIB, MIB, Machine, SparseMemory, add_online, bare, booted, read, write};
+use crate::support::{
+    GIB, MIB, Machine, SparseMemory, add_online, bare, booted, check, read, refused, write,
+};
 
 const BLOCK: u64 = 128 * MIB;
 const PAGEBLOCK: u64 = 2 * MIB;
@@ -31,23 +33,6 @@ const PAGE: u64 = 4096;
 const BOOT: u64 = 4 * GIB;
 const MODULES: [u64; 2] = [8 * GIB, 9 * GIB];
 const REGION: u64 = 16 * GIB;
-
-fn check(machine: &Machine) {
-    assert_eq!(machine.check_invariants(), Ok(()));
-}
-
-/// `operation` is refused with `error`, and nothing has changed.
-#[track_caller]
-fn refused<T: std::fmt::Debug>(
-    machine: &mut Machine,
-    error: Error,
-    operation: impl FnOnce(&mut Machine) -> Result<T, Error>,
-) {
-    let before = machine.snapshot();
-    assert_eq!(operation(machine).unwrap_err(), error);
-    assert_eq!(machine.snapshot(), before);
-    check(machine);
-}
 
 fn section(machine: &Machine, address: u64) -> Option<SectionInfo> {
     let number = address >> machine.profile().section_shift;
@@ -613,6 +598,96 @@ fn s1_03_memory_lent_as_contiguous_allocation_stays_present_and_removable() {
     machine.fake_offline(4 * GIB + BLOCK, BLOCK).unwrap();
     assert!(section(&machine, 4 * GIB + BLOCK).unwrap().early);
     check(&machine);
+}
+
+/// As powernv's memtrace does it since it no longer removes memory: allocated, so nobody has to object.
+#[test]
+fn s1_03_memory_that_is_allocated_to_be_lent_cannot_be_pulled() {
+    let mut machine = booted(
+        Config::new(Profile::X86_64),
+        &[(4 * GIB, 4 * GIB + 2 * BLOCK, 0)],
+    );
+    acpi_finds(&mut machine, 8 * GIB, BLOCK).unwrap();
+    machine.online(64, OnlineType::Kernel).unwrap();
+    let events = listen(&mut machine, 0);
+    let page = machine.allocate(Mobility::Movable).unwrap();
+    write(&mut machine, page, 3);
+    assert_eq!(machine.address(page), Ok(4 * GIB));
+    let counts = machine.counts();
+
+    let trace = machine.allocate_contiguous(4 * GIB, BLOCK).unwrap();
+    check(&machine);
+    for (address, page) in (4 * GIB..4 * GIB + BLOCK)
+        .step_by(PAGE as usize)
+        .zip(&trace)
+    {
+        assert_eq!(machine.address(*page), Ok(address));
+    }
+    assert_eq!(trace.len() as u64, BLOCK / PAGE);
+    assert_eq!(read(&mut machine, page), 3);
+    assert!(machine.address(page).unwrap() >= 4 * GIB + BLOCK);
+    // Present and managed like any other memory in use; the block is online, and stays that.
+    let lent = machine.counts();
+    assert_eq!(
+        (lent.present, lent.managed),
+        (counts.present, counts.managed)
+    );
+    assert_eq!(lent.free, counts.free - BLOCK / PAGE);
+    assert_eq!(
+        machine.obstacle(32),
+        Ok(Some((4 * GIB, Obstacle::Unmovable)))
+    );
+    machine.adopt(Owner::ACPI, 4 * GIB, BLOCK).unwrap();
+    refused(&mut machine, Error::Busy, |m| {
+        m.offline_and_remove_memory(Owner::ACPI, 4 * GIB, BLOCK)
+    });
+    refused(&mut machine, Error::Busy, |m| {
+        m.fake_offline(4 * GIB, PAGEBLOCK)
+    });
+    refused(&mut machine, Error::Busy, |m| {
+        m.allocate_contiguous(4 * GIB, PAGEBLOCK)
+    });
+    assert_eq!(*events.lock().unwrap(), []);
+    // Given back in any order it is free, in one piece, and the module goes.
+    for page in trace.into_iter().rev() {
+        machine.free(page).unwrap();
+    }
+    assert_eq!(machine.counts(), counts);
+    machine
+        .offline_and_remove_memory(Owner::ACPI, 4 * GIB, BLOCK)
+        .unwrap();
+    check(&machine);
+
+    // Failure leaves nothing allocated, whatever failed.
+    for (step, error) in [
+        (Step::Isolate, Error::Busy),
+        (Step::Migrate, Error::NoMemory),
+        (Step::Migrate, Error::Busy),
+        (Step::Commit, Error::Interrupted),
+    ] {
+        let page = machine.allocate(Mobility::Movable).unwrap();
+        let start = machine.address(page).unwrap() / PAGEBLOCK * PAGEBLOCK;
+        machine.inject(Fault {
+            step,
+            skip: 0,
+            error,
+        });
+        let before = machine.counts();
+        assert_eq!(machine.allocate_contiguous(start, PAGEBLOCK), Err(error));
+        assert_eq!(machine.counts(), before, "{step:?}");
+        assert_eq!(machine.isolations().count(), 0);
+        machine.free(page).unwrap();
+        check(&machine);
+    }
+    // Nothing stays in Movable, and nothing is allocated where no memory is online.
+    let mut machine = bare(Profile::X86_64);
+    add_online(&mut machine, 4 * GIB, BLOCK, OnlineType::Movable);
+    machine.add_memory(&AddMemory::new(8 * GIB, BLOCK)).unwrap();
+    for start in [4 * GIB, 8 * GIB, 12 * GIB, 4 * GIB + PAGE] {
+        refused(&mut machine, Error::Invalid, |m| {
+            m.allocate_contiguous(start, PAGEBLOCK)
+        });
+    }
 }
 
 #[test]
@@ -1326,5 +1401,14 @@ fn s1_12_contiguous_allocation_tries_five_times_in_movable_and_once_in_kernel_zo
     });
     machine.fake_offline(4 * GIB, 4 * PAGEBLOCK).unwrap();
     assert_eq!(machine.address(movable), Ok(4 * GIB + 4 * PAGEBLOCK + PAGE));
+    check(&machine);
+    // It stays memory for contiguous allocations while one has it, and after.
+    machine.fake_online(4 * GIB, 4 * PAGEBLOCK).unwrap();
+    let cma = zone(&machine, ZoneKind::Normal).cma_pages;
+    let device = machine.allocate_contiguous(4 * GIB, PAGEBLOCK).unwrap();
+    assert_eq!(zone(&machine, ZoneKind::Normal).cma_pages, cma);
+    machine.free(device[7]).unwrap();
+    let fixed = machine.allocate(Mobility::Unmovable).unwrap();
+    assert!(machine.address(fixed).unwrap() >= 4 * GIB + 4 * PAGEBLOCK);
     check(&machine);
 }

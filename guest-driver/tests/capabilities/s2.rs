@@ -15,7 +15,7 @@ use virtio_mem_driver::hotplug::{
 };
 
 use crate::support::{
-    GIB, MIB, Machine, SparseMemory, add_online, bare, booted, read, uevents, write,
+    GIB, MIB, Machine, SparseMemory, add_online, bare, booted, check, read, refused, uevents, write,
 };
 
 const BLOCK: u64 = 128 * MIB;
@@ -69,23 +69,6 @@ fn node(machine: &Machine, nid: u32) -> Option<NodeInfo> {
 
 fn block_of(machine: &Machine, page: PageHandle) -> u64 {
     machine.address(page).unwrap() / machine.profile().memory_block_size()
-}
-
-fn check(machine: &Machine) {
-    assert_eq!(machine.check_invariants(), Ok(()));
-}
-
-/// `operation` is refused with `error`, and nothing has changed.
-#[track_caller]
-fn refused<T: std::fmt::Debug>(
-    machine: &mut Machine,
-    error: Error,
-    operation: impl FnOnce(&mut Machine) -> Result<T, Error>,
-) {
-    let before = machine.snapshot();
-    assert_eq!(operation(machine).unwrap_err(), error);
-    assert_eq!(machine.snapshot(), before);
-    check(machine);
 }
 
 /// The ids and states of all memory blocks.

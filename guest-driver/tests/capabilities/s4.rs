@@ -298,13 +298,59 @@ fn s4_06_machine_of_the_question_has_its_zones_below_4_gib_and_hotplug_on_node_0
             (1, ZoneKind::Dma32, Some(0x4_0000), 0x3_ffe0),
         ]
     );
-    // 0x100000000 is node 0's, though node 1's memory is nearer.
+    // 0x100000000 is node 0's, as firmware says, though node 1's memory is nearer.
+    assert_eq!(machine.target_node(0x1_0000_0000), Some(0));
+    assert_eq!(machine.target_node(0x2_7fff_ffff), Some(0));
+    assert_eq!(machine.target_node(0x2_8000_0000), None);
+    assert_eq!(machine.target_node(0x4000_0000), Some(1));
     probe(&mut machine, 32).unwrap();
     assert_eq!(machine.read("memory32/node").unwrap(), "0");
     assert_eq!(machine.read("memory8/node").unwrap(), "1");
     machine.online(32, OnlineType::Online).unwrap();
     let normal = machine.zones().find(|zone| zone.kind == ZoneKind::Normal);
     assert_eq!(normal.unwrap().present_pages, 32768);
+}
+
+/// Linux forgets where memory was only announced before it looks an address up for `probe`: it falls back to the first
+/// node, even where firmware named another.
+#[test]
+fn s4_06_probe_goes_by_the_ram_of_boot_and_not_by_what_may_be_plugged_in() {
+    let range = |start, end, nid| BootRange {
+        bytes: start * GIB..end * GIB,
+        nid,
+    };
+    let boot = Boot {
+        ram: vec![
+            range(0, 1, 2),
+            range(2, 3, 1),
+            range(4, 5, 1),
+            range(6, 7, 0),
+        ],
+        hot_pluggable: vec![range(8, 16, 1)],
+        ..Boot::default()
+    };
+    let config = Config {
+        possible_nodes: 3,
+        ..Config::new(Profile::X86_64)
+    };
+    let mut machine = Hotplug::boot(config, &boot, SparseMemory::default()).unwrap();
+    for (gib, nid, target, why) in [
+        (1, 2, None, "between two nodes"),
+        (3, 1, None, "a hole in one node"),
+        (5, 2, None, "between two nodes"),
+        (9, 2, Some(1), "announced, not there"),
+    ] {
+        let id = gib * GIB / BLOCK;
+        probe(&mut machine, id).unwrap();
+        let node = machine.read(&format!("memory{id}/node")).unwrap();
+        assert_eq!(node, nid.to_string(), "{why}");
+        assert_eq!(machine.target_node(gib * GIB), target, "{why}");
+    }
+    // What was added since boot draws nobody to its node.
+    probe(&mut machine, 3 * GIB / BLOCK + 1).unwrap();
+    probe(&mut machine, GIB / BLOCK + 1).unwrap();
+    assert_eq!(machine.read("memory9/node").unwrap(), "2");
+    machine.check_invariants().unwrap();
 }
 
 #[test]

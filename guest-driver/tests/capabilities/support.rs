@@ -7,7 +7,8 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
 use virtio_mem_driver::hotplug::{
-    AddMemory, Boot, BootRange, Config, Hotplug, OnlineType, PageHandle, PhysicalMemory, Profile,
+    AddMemory, Boot, BootRange, Config, Error, Hotplug, OnlineType, PageHandle, PhysicalMemory,
+    Profile,
 };
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -109,4 +110,22 @@ pub(crate) fn uevents(machine: &mut Machine) -> Arc<Mutex<Vec<String>>> {
         sink.lock().unwrap().push(event.to_string());
     }));
     events
+}
+
+/// What must hold at any time.
+pub(crate) fn check(machine: &Machine) {
+    assert_eq!(machine.check_invariants(), Ok(()));
+}
+
+/// `operation` is refused with `error`, and nothing has changed.
+#[track_caller]
+pub(crate) fn refused<T: std::fmt::Debug>(
+    machine: &mut Machine,
+    error: Error,
+    operation: impl FnOnce(&mut Machine) -> Result<T, Error>,
+) {
+    let before = machine.snapshot();
+    assert_eq!(operation(machine).unwrap_err(), error);
+    assert_eq!(machine.snapshot(), before);
+    check(machine);
 }

@@ -5,10 +5,9 @@ use std::ops::Range;
 
 use virtio_mem_driver::hotplug::{Boot, BootRange, Config, MemmapRule, OnlineType, Profile};
 
+use super::check::{check_dimm, parse_node_list};
 use super::snapshot::Snapshot;
-use super::trace::{
-    Dimm, MAX_MEMORY, PAGE_SIZE, Trace, TraceError, check_dimm, impossible, parse_node_list,
-};
+use super::trace::{Dimm, MAX_MEMORY, PAGE_SIZE, Trace, TraceError, impossible};
 
 /// Where a kernel's version or build makes a difference.
 #[derive(Clone, Copy, Debug)]
@@ -70,10 +69,6 @@ impl Plan {
         config.memmap_rule = kernel.memmap_rule;
         config.default_online_type = kernel.default_online_type;
         config.apply_command_line(&recorded.cmdline);
-        // What init has set, or what the kernel made of the command line.
-        for (name, value) in &recorded.memory_hotplug_params {
-            config.apply_command_line(&format!("memory_hotplug.{name}={value}"));
-        }
         let dimms = machine_dimms(trace)?;
         let mut boot = Boot {
             ram: boot_ram(trace, &dimms)?,

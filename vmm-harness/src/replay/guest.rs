@@ -8,31 +8,26 @@
     reason = "the model wants physical memory, and a trace says nothing of contents"
 )]
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio_mem_driver::hotplug::{
-    AddMemory, BlockState, Error, Fault, GroupId, Hotplug, Isolation, MemoryAction, MemoryEvent,
-    Owner, PhysicalMemory, Step as Point, Target,
+    Error, Fault, Hotplug, MemoryAction, MemoryEvent, PhysicalMemory, Step as Point,
 };
 
 use super::ReplayError;
+use super::acpi::{Attached, PendingEject};
 use super::boot::Plan;
-use super::eject::{Action, Attempt, Eject};
 use super::inputs::Inputs;
-use super::shell;
 use super::snapshot::Snapshot;
-use super::step::{EjectOutcome, Op, Outcome, Step};
-use super::trace::{BlockRow, Dimm, MAX_MEMORY, PAGE_SIZE, ZoneRow, impossible};
-
-/// Where the module `memory-notifier-error-inject` has its files.
-const ERROR_INJECTION: &str = "/sys/kernel/debug/notifier-error-inject/memory/actions/";
+use super::step::{Op, Outcome, Step};
+use super::trace::{BlockRow, PAGE_SIZE, ZoneRow, impossible};
 
 /// Memory nobody looks into: nothing is ever allocated here, so nothing is moved.
 #[derive(Debug)]
-struct NoContents;
+pub(super) struct NoContents;
 
 // SAFETY: The method never returns, so there is no pointer that could break the contract.
 unsafe impl PhysicalMemory for NoContents {
@@ -43,26 +38,9 @@ unsafe impl PhysicalMemory for NoContents {
 
 /// What notifiers object with.
 #[derive(Debug, Default)]
-struct Vetoes {
-    going_online: Option<Error>,
-    going_offline: Option<Error>,
-}
-
-/// A DIMM that is plugged in.
-#[derive(Debug)]
-struct Attached {
-    bytes: Range<u64>,
-    /// `None` if the kernel did not take it.
-    group: Option<GroupId>,
-}
-
-/// An eject the guest has not answered yet.
-#[derive(Debug)]
-struct PendingEject {
-    dimm: String,
-    eject: Eject,
-    /// The memory block it cannot empty and does not give up.
-    open: Option<Isolation>,
+pub(super) struct Vetoes {
+    pub(super) going_online: Option<Error>,
+    pub(super) going_offline: Option<Error>,
 }
 
 /// One more value to compare, that only this step has.
@@ -76,19 +54,25 @@ pub(super) struct Check {
 
 /// The guest.
 pub(super) struct Guest {
-    hotplug: Hotplug<NoContents>,
-    memory_failure: bool,
-    block_size: u64,
-    boot_memory: Vec<Range<u64>>,
+    pub(super) hotplug: Hotplug<NoContents>,
+    pub(super) memory_failure: bool,
+    pub(super) block_size: u64,
+    pub(super) boot_memory: Vec<Range<u64>>,
     uevents: Arc<Mutex<Vec<String>>>,
-    vetoes: Arc<Mutex<Vetoes>>,
-    dimms: BTreeMap<String, Attached>,
-    ejects: VecDeque<PendingEject>,
+    pub(super) vetoes: Arc<Mutex<Vetoes>>,
+    pub(super) dimms: BTreeMap<String, Attached>,
+    pub(super) ejects: VecDeque<PendingEject>,
+    /// Slots of DIMMs, as the machine has named them.
+    pub(super) slots: BTreeMap<String, String>,
+    /// Blocks an eject has taken offline during this step.
+    pub(super) taken: BTreeSet<u64>,
+    /// Uevents of an eject that no step has shown yet.
+    pub(super) held: Vec<String>,
     pub(super) inputs: Inputs,
 }
 
 /// The lock's value, whoever panicked with it.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -111,6 +95,9 @@ impl Guest {
             vetoes: Arc::default(),
             dimms: BTreeMap::new(),
             ejects: VecDeque::new(),
+            slots: BTreeMap::new(),
+            taken: BTreeSet::new(),
+            held: Vec::new(),
             inputs: Inputs::default(),
         };
         let uevents = Arc::clone(&guest.uevents);
@@ -159,7 +146,9 @@ impl Guest {
     pub(super) fn perform(&mut self, step: &Step) -> Result<(Option<Outcome>, Vec<Check>), String> {
         let mut checks = Vec::new();
         let mut outcome = None;
-        let mut answered = step.eject_answered;
+        self.taken.clear();
+        self.learn_slots(&step.messages);
+        let mut asked = None;
         match &step.op {
             Op::Other => {}
             Op::AddDimm(dimm) => {
@@ -199,71 +188,21 @@ impl Guest {
             // The machine refused to ask.
             Op::DeviceDel { .. } if matches!(step.result, Some(Outcome::Errno(_))) => {}
             Op::DeviceDel { id, outcome } => {
-                let dimm = self
-                    .dimms
-                    .get(id)
-                    .ok_or_else(|| format!("there is no {id}"))?;
-                let blocks = dimm.bytes.start / self.block_size..dimm.bytes.end / self.block_size;
-                let blocks = match dimm.group {
-                    Some(_) => blocks,
-                    None => 0..0,
-                };
-                self.ejects.push_back(PendingEject {
-                    dimm: id.clone(),
-                    eject: Eject::new(blocks),
-                    open: None,
-                });
-                answered |= *outcome != EjectOutcome::Timeout;
+                self.ask_for(id)?;
+                asked = outcome.map(|outcome| (id.as_str(), outcome));
             }
         }
-        self.continue_eject(step, answered)?;
+        self.continue_ejects(step, asked, &mut checks)?;
         Ok((outcome, checks))
     }
 
-    /// ACPI announces a DIMM: one static group, all of its memory at once.
-    fn add_dimm(&mut self, dimm: &Dimm) -> Result<(), String> {
-        let bytes = dimm.addr..dimm.addr + dimm.size;
-        let others = self.dimms.values().map(|other| &other.bytes);
-        if self.dimms.contains_key(&dimm.id) {
-            return Err(format!("{} is there already", dimm.id));
-        }
-        let mut memory = others.chain(&self.boot_memory);
-        if memory.any(|other| other.start < bytes.end && bytes.start < other.end) {
-            return Err(format!("{} overlaps memory that is there", dimm.id));
-        }
-        let total: u64 = self
-            .dimms
-            .values()
-            .map(|dimm| dimm.bytes.end - dimm.bytes.start)
-            .sum();
-        if total + dimm.size > MAX_MEMORY {
-            return Err(format!("{}: more memory than can be replayed", dimm.id));
-        }
-        let group = self
-            .hotplug
-            .register_static_group(dimm.node.unwrap_or(0), dimm.size / PAGE_SIZE)
-            .map_err(|error| format!("{}: {error}", dimm.id))?;
-        let added = self.hotplug.add_memory(&AddMemory {
-            target: Target::Group(group),
-            owner: Owner::ACPI,
-            // ACPI always wants it, but looks whether it can be had before it asks.
-            memmap_on_memory: self.hotplug.supports_memmap_on_memory(dimm.size),
-            ..AddMemory::new(dimm.addr, dimm.size)
-        });
-        let group = match added {
-            Ok(()) => Some(group),
-            Err(_) => {
-                // What the kernel makes of it, too: the DIMM is there, but nobody uses it.
-                let _empty = self.hotplug.unregister_group(group);
-                None
-            }
-        };
-        self.dimms
-            .insert(dimm.id.clone(), Attached { bytes, group });
-        Ok(())
-    }
-
-    fn write(&mut self, file: &str, text: &str, errno: Option<Error>) -> Result<(), Error> {
+    /// A program writes a file.
+    pub(super) fn write(
+        &mut self,
+        file: &str,
+        text: &str,
+        errno: Option<Error>,
+    ) -> Result<(), Error> {
         if file.ends_with("_offline_page") && !self.memory_failure {
             return Err(Error::NotFound);
         }
@@ -280,7 +219,7 @@ impl Guest {
 
     /// Does something that takes a memory block offline, with the knowledge that this will fail. A notifier that
     /// objects needs no help from the trace.
-    fn told<T>(
+    pub(super) fn told<T>(
         &mut self,
         errno: Error,
         operation: impl FnOnce(&mut Hotplug<NoContents>) -> Result<T, Error>,
@@ -307,211 +246,13 @@ impl Guest {
         result
     }
 
-    fn shell(
-        &mut self,
-        script: &str,
-        out: &str,
-        step: &Step,
-        checks: &mut Vec<Check>,
-    ) -> Result<(), String> {
-        let printed = shell::run(script, &mut |file, text| self.shell_write(file, text, step))
-            .map_err(|error| error.to_string())?;
-        // Other commands print, too: what `echo` prints must be there, in this order.
-        let mut lines = out.lines();
-        for expected in printed {
-            let found = lines.by_ref().any(|line| line == expected);
-            checks.push(Check {
-                subject: "shell".into(),
-                field: "output",
-                expected: if found {
-                    expected.clone()
-                } else {
-                    format!("{expected:?} in {out:?}")
-                },
-                got: expected,
-            });
-        }
-        let corrupted = out
-            .lines()
-            .rev()
-            .find_map(|line| line.strip_prefix("HardwareCorrupted:"));
-        checks.extend(corrupted.map(|recorded| Check {
-            subject: "meminfo".into(),
-            field: "HardwareCorrupted",
-            expected: recorded.trim().to_owned(),
-            got: format!(
-                "{} kB",
-                self.hotplug.hardware_corrupted_pages() * PAGE_SIZE / 1024
-            ),
-        }));
-        Ok(())
-    }
-
-    /// `echo text > file`; whether that worked.
-    fn shell_write(&mut self, file: &str, text: &str, step: &Step) -> bool {
-        if let Some(file) = file.strip_prefix("/sys/devices/system/memory/") {
-            // Taking a block offline has worked if it was heard of.
-            let heard = file.split_once('/').is_none_or(|(block, _)| {
-                step.uevents
-                    .iter()
-                    .any(|event| event.strip_prefix("offline ") == Some(block))
-            });
-            return self
-                .write(file, text, (!heard).then_some(Error::Busy))
-                .is_ok();
-        }
-        if let Some(name) = file.strip_prefix("/sys/module/memory_hotplug/parameters/") {
-            return self
-                .hotplug
-                .write(&format!("parameters/{name}"), text)
-                .is_ok();
-        }
-        let Some((action, "error")) = file
-            .strip_prefix(ERROR_INJECTION)
-            .and_then(|rest| rest.split_once('/'))
-        else {
-            return true;
-        };
-        let Ok(number) = text.trim().parse::<i32>() else {
-            return false;
-        };
-        let veto = number.checked_neg().and_then(Error::from_errno);
-        let mut vetoes = lock(&self.vetoes);
-        match action {
-            "MEM_GOING_ONLINE" => vetoes.going_online = veto,
-            "MEM_GOING_OFFLINE" => vetoes.going_offline = veto,
-            _ => return false,
-        }
-        true
-    }
-
-    /// Goes on with ejects as far as the recorded step shows that they went; to the end, if the machine has heard
-    /// the guest's answer.
-    fn continue_eject(&mut self, step: &Step, mut answered: bool) -> Result<(), String> {
-        while let Some(mut pending) = self.ejects.pop_front() {
-            // What was heard of its blocks.
-            let mut heard: VecDeque<&str> = step
-                .uevents
-                .iter()
-                .filter(|event| {
-                    block_of(event).is_some_and(|id| pending.eject.blocks().contains(&id))
-                })
-                .map(String::as_str)
-                .collect();
-            loop {
-                let action = pending.eject.next();
-                let over = heard.is_empty() && !answered;
-                match action {
-                    Action::Offline(id) => {
-                        let succeeded =
-                            heard.front() == Some(&format!("offline memory{id}").as_str());
-                        let tried = self.hotplug.block_state(id) != Some(BlockState::Offline);
-                        if tried && over && self.waits(&mut pending, id, step) {
-                            self.ejects.push_front(pending);
-                            return Ok(());
-                        }
-                        let attempt = match tried {
-                            false => Attempt::WasOffline,
-                            true => self.attempt(&mut pending.open, id, succeeded),
-                        };
-                        if attempt == Attempt::Succeeded {
-                            heard.pop_front();
-                        }
-                        pending.eject.attempted(attempt);
-                    }
-                    _ if over => {
-                        self.ejects.push_front(pending);
-                        return Ok(());
-                    }
-                    Action::Online(id) => {
-                        // Whatever comes of it.
-                        if self.hotplug.device_online(id).is_ok() {
-                            heard.pop_front();
-                        }
-                        pending.eject.brought_back();
-                    }
-                    Action::Remove => {
-                        let removed = self.remove_dimm(&pending.dimm)?;
-                        heard.drain(..heard.len().min(removed));
-                        break;
-                    }
-                    Action::Refuse => break,
-                }
-            }
-            // The answer was to this one.
-            answered = false;
-        }
-        Ok(())
-    }
-
-    /// An eject takes memory block `id` offline, if the trace says that it could.
-    fn attempt(&mut self, open: &mut Option<Isolation>, id: u64, succeeds: bool) -> Attempt {
-        let result = match (open.take(), succeeds) {
-            (Some(isolation), true) => self.hotplug.commit(isolation),
-            (Some(isolation), false) => {
-                self.hotplug.cancel(isolation);
-                self.inputs.busy += 1;
-                Err(Error::Busy)
-            }
-            (None, true) => self.hotplug.device_offline(id).map(|_| ()),
-            // Whatever a notifier objects with, it objects without help.
-            (None, false) if lock(&self.vetoes).going_offline.is_some() => {
-                self.hotplug.device_offline(id).map(|_| ())
-            }
-            (None, false) => self
-                .told(Error::Busy, |hotplug| hotplug.device_offline(id))
-                .map(|_| ()),
-        };
-        match result {
-            Ok(()) => Attempt::Succeeded,
-            Err(_) => Attempt::Failed,
-        }
-    }
-
-    /// Nothing more was heard of an eject whose turn is memory block `id`: whether the step ended before the attempt
-    /// did. The trace shows the block going offline then, or no block at all and the attempt has not begun.
-    fn waits(&mut self, pending: &mut PendingEject, id: u64, step: &Step) -> bool {
-        let Some(blocks) = &step.blocks else {
-            return true;
-        };
-        let going = BlockState::GoingOffline.name();
-        let open = blocks.iter().filter(|(_, block)| block.state == going);
-        let open: Vec<u64> = open.map(|(id, _)| *id).collect();
-        if !open.contains(&id) {
-            // It went on to another block, so this attempt is over.
-            let elsewhere = open.iter().any(|id| pending.eject.blocks().contains(id));
-            return pending.open.is_none() && !elsewhere;
-        }
-        if pending.open.is_none() {
-            pending.open = self.hotplug.isolate_block(id).ok();
-            self.inputs.endless += u64::from(pending.open.is_some());
-        }
-        true
-    }
-
-    /// The DIMM's blocks are all offline: its memory goes. Returns how many blocks there were.
-    fn remove_dimm(&mut self, id: &str) -> Result<usize, String> {
-        let Some(dimm) = self.dimms.remove(id) else {
-            return Ok(0);
-        };
-        let size = dimm.bytes.end - dimm.bytes.start;
-        let Some(group) = dimm.group else {
-            return Ok(0);
-        };
-        self.hotplug
-            .remove_memory(Owner::ACPI, dimm.bytes.start, size)
-            .and_then(|()| self.hotplug.unregister_group(group))
-            .map_err(|error| format!("{id} cannot be removed: {error}"))?;
-        usize::try_from(size / self.block_size).map_err(|error| error.to_string())
-    }
-
     /// The state in the shape the traces have.
     pub(super) fn snapshot(&self) -> Snapshot {
         let hotplug = &self.hotplug;
         let blocks = hotplug.blocks().map(|block| {
             let row = BlockRow {
                 state: block.state.name().to_owned(),
-                valid_zones: self.read(&format!("memory{}/valid_zones", block.id)),
+                valid_zones: Some(self.read(&format!("memory{}/valid_zones", block.id))),
                 node: block.nid,
             };
             (block.id, row)
@@ -554,11 +295,6 @@ impl Guest {
                 .collect(),
         }
     }
-}
-
-/// The memory block of `online memory37`.
-fn block_of(uevent: &str) -> Option<u64> {
-    uevent.split_once(" memory")?.1.parse().ok()
 }
 
 fn as_outcome(result: Result<(), Error>) -> Outcome {

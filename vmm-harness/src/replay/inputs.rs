@@ -5,7 +5,7 @@ use std::ops::AddAssign;
 
 use serde::Serialize;
 
-/// What was taken from the trace because it depends on where the kernel's pages are.
+/// What was taken from the trace because it depends on where the kernel's pages are, or on when something was read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Inputs {
     /// Attempts to take a memory block offline that found a page that cannot be moved.
@@ -14,6 +14,14 @@ pub struct Inputs {
     pub interrupted: u64,
     /// Attempts of an eject that went on beyond the step.
     pub endless: u64,
+    /// Pages that could not be poisoned because the kernel uses them.
+    pub in_use: u64,
+    /// States read just before an eject took the memory block offline.
+    pub early_states: u64,
+    /// Uevents of an eject that were heard one step late.
+    pub late_uevents: u64,
+    /// Module parameters that were set between boot and the first step.
+    pub parameters: u64,
 }
 
 impl AddAssign for Inputs {
@@ -21,6 +29,10 @@ impl AddAssign for Inputs {
         self.busy += other.busy;
         self.interrupted += other.interrupted;
         self.endless += other.endless;
+        self.in_use += other.in_use;
+        self.early_states += other.early_states;
+        self.late_uevents += other.late_uevents;
+        self.parameters += other.parameters;
     }
 }
 
@@ -30,7 +42,23 @@ impl fmt::Display for Inputs {
             busy,
             interrupted,
             endless,
+            in_use,
+            early_states,
+            late_uevents,
+            parameters,
         } = self;
-        write!(f, "{busy} EBUSY, {interrupted} EINTR, {endless} endless")
+        write!(f, "{busy} EBUSY, {interrupted} EINTR, {endless} endless")?;
+        // Seldom, so said only if there are.
+        for (count, what) in [
+            (in_use, "in use"),
+            (early_states, "early states"),
+            (late_uevents, "late uevents"),
+            (parameters, "parameters"),
+        ] {
+            if *count > 0 {
+                write!(f, ", {count} {what}")?;
+            }
+        }
+        Ok(())
     }
 }

@@ -9,19 +9,24 @@
 //!
 //! | to find | look at |
 //! |---|---|
-//! | the files | `trace.rs`, `step.rs` |
+//! | the files | `trace.rs`, `step.rs`, `qmp.rs`; what is sane, `check.rs` |
 //! | the state at boot | `boot.rs` |
 //! | what is done to the model, and what it is told | `guest.rs`, `inputs.rs` |
-//! | how ACPI ejects a DIMM | `eject.rs` |
-//! | the recorded shell scripts | `shell.rs` |
+//! | how ACPI adds and ejects a DIMM | `acpi.rs`, `eject.rs` |
+//! | the recorded shell scripts | `script.rs`, `shell.rs`, `console.rs` |
 //! | what is compared | `compare.rs` |
 //! | the map of blocks and zones | `show.rs` |
 
+mod acpi;
 mod boot;
+mod check;
 mod compare;
+mod console;
 mod eject;
 mod guest;
 mod inputs;
+mod qmp;
+mod script;
 mod shell;
 mod show;
 mod snapshot;
@@ -41,6 +46,7 @@ pub use trace::{Trace, TraceError};
 use compare::{Comparison, Mismatch};
 use guest::Guest;
 use step::Step;
+use trace::Parameter;
 
 /// Why a file cannot be replayed.
 #[derive(Debug, Error)]
@@ -80,12 +86,15 @@ pub struct Summary {
     pub difference: Option<Difference>,
 }
 
-/// Replays a file. `show` gets a map of blocks and zones at boot, and after each step that changes it.
+/// Who gets a map of blocks and zones at boot, and after each step that changes it.
+pub type Show<'a> = &'a mut dyn FnMut(&str);
+
+/// Replays a file, and shows what happens if anybody wants to see it.
 ///
 /// # Errors
 ///
 /// [`ReplayError`] if the file cannot be replayed; that model and recording differ is not an error but the result.
-pub fn replay_file(path: &Path, show: &mut dyn FnMut(&str)) -> Result<Summary, ReplayError> {
+pub fn replay_file(path: &Path, show: Option<Show<'_>>) -> Result<Summary, ReplayError> {
     replay(&Trace::load(path)?, show)
 }
 
@@ -94,7 +103,7 @@ pub fn replay_file(path: &Path, show: &mut dyn FnMut(&str)) -> Result<Summary, R
 /// # Errors
 ///
 /// [`ReplayError`] if the trace cannot be replayed.
-pub fn replay(trace: &Trace, show: &mut dyn FnMut(&str)) -> Result<Summary, ReplayError> {
+pub fn replay(trace: &Trace, show: Option<Show<'_>>) -> Result<Summary, ReplayError> {
     let mut plan = boot::Plan::new(trace)?;
     // What the model, booted with all pages free, has too much, is what the kernel uses for ever.
     let empty = Guest::boot(&plan)?.snapshot();
@@ -117,15 +126,15 @@ pub fn replay(trace: &Trace, show: &mut dyn FnMut(&str)) -> Result<Summary, Repl
     })
 }
 
-struct Replay<'a> {
-    comparison: Comparison<'a>,
+struct Replay<'t, 's> {
+    comparison: Comparison<'t>,
     /// The map as it was shown last.
     shown: String,
-    show: &'a mut dyn FnMut(&str),
+    show: Option<Show<'s>>,
     block_pages: u64,
 }
 
-impl Replay<'_> {
+impl Replay<'_, '_> {
     fn run(
         &mut self,
         trace: &Trace,
@@ -150,7 +159,7 @@ impl Replay<'_> {
         }
         for (name, expected) in &trace.params_at_end {
             let got = guest.read(&format!("parameters/{name}"));
-            if let Err(mismatch) = self.comparison.value(name, "value", expected, &got) {
+            if let Err(mismatch) = self.comparison.value(name, "value", &expected.0, &got) {
                 return Ok(Some(mismatch.at(None, "parameters at the end")));
             }
         }
@@ -165,12 +174,20 @@ impl Replay<'_> {
             self.comparison
                 .value("auto_online_blocks", "text", policy, &known)?;
         }
-        for (name, expected) in &trace.boot.memory_hotplug_params {
-            let got = guest.read(&format!("parameters/{name}"));
+        for (name, Parameter(expected)) in &trace.boot.memory_hotplug_params {
+            let file = format!("parameters/{name}");
+            // Where the command line says nothing, init may have set it.
+            if guest.read(&file) != *expected
+                && !trace.boot.sets(name)
+                && guest.set(&file, expected).is_ok()
+            {
+                guest.inputs.parameters += 1;
+            }
+            let got = guest.read(&file);
             self.comparison.value(name, "value", expected, &got)?;
         }
         let snapshot = guest.snapshot();
-        self.show("boot", &snapshot);
+        self.show(|| "boot".to_owned(), &snapshot);
         self.comparison.boot(&snapshot)
     }
 
@@ -180,11 +197,21 @@ impl Replay<'_> {
         step: &Step,
         guest: &mut Guest,
     ) -> Result<Result<(), Mismatch>, String> {
+        let mut pending = !guest.ejects.is_empty();
         let (outcome, checks) = guest.perform(step)?;
-        let snapshot = guest.snapshot();
-        self.show(&format!("step {index}: {}", step.label), &snapshot);
-        let uevents = guest.take_uevents();
+        // While an eject goes on, what was read of one step is of several moments.
+        pending &= !guest.ejects.is_empty();
+        let mut uevents = std::mem::take(&mut guest.held);
+        uevents.extend(guest.take_uevents());
+        if pending && uevents.len() > step.uevents.len() {
+            guest.held = uevents.split_off(step.uevents.len());
+            guest.inputs.late_uevents += guest.held.len() as u64;
+        }
         let comparison = &mut self.comparison;
+        comparison.arriving.clear();
+        if pending {
+            comparison.arriving.clone_from(&guest.taken);
+        }
         let mut compare = || {
             if let (Some(recorded), Some(got)) = (&step.result, &outcome) {
                 comparison.value("result", "", recorded, got)?;
@@ -192,15 +219,29 @@ impl Replay<'_> {
             for check in &checks {
                 comparison.value(&check.subject, check.field, &check.expected, &check.got)?;
             }
-            comparison.step(step, &snapshot, &uevents)
+            Ok(())
         };
-        Ok(compare())
+        if let Err(mismatch) = compare() {
+            return Ok(Err(mismatch));
+        }
+        if self.show.is_none() && !step.shows_state() {
+            return Ok(self.comparison.uevents(&step.uevents, &uevents));
+        }
+        let snapshot = guest.snapshot();
+        self.show(|| format!("step {index}: {}", step.label), &snapshot);
+        let compared = self
+            .comparison
+            .step(step, &snapshot)
+            .and_then(|()| self.comparison.uevents(&step.uevents, &uevents));
+        guest.inputs.early_states = self.comparison.early_states;
+        Ok(compared)
     }
 
-    fn show(&mut self, operation: &str, snapshot: &snapshot::Snapshot) {
+    fn show(&mut self, operation: impl FnOnce() -> String, snapshot: &snapshot::Snapshot) {
+        let Some(show) = &mut self.show else { return };
         let map = show::render(snapshot, self.block_pages);
         if map != self.shown {
-            (self.show)(&format!("{operation}\n{map}"));
+            show(&format!("{}\n{map}", operation()));
             self.shown = map;
         }
     }

@@ -56,7 +56,10 @@ pub(super) fn render(snapshot: &Snapshot, block_pages: u64) -> String {
         let cells = columns.iter().map(|column| match column {
             None => '~',
             Some(id) => match &snapshot.blocks[id] {
-                block if block.node == node => symbol(&block.state, &block.valid_zones),
+                block if block.node == node => symbol(
+                    &block.state,
+                    block.valid_zones.as_deref().unwrap_or_default(),
+                ),
                 _ => ' ',
             },
         });
@@ -103,7 +106,7 @@ mod tests {
     fn block(state: &str, valid_zones: &str, node: u32) -> BlockRow {
         BlockRow {
             state: state.into(),
-            valid_zones: valid_zones.into(),
+            valid_zones: Some(valid_zones.into()),
             node,
         }
     }

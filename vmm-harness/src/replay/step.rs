@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::{Deserialize, Deserializer, de};
+use serde::Deserialize;
 use serde_json::Value;
 
+use super::qmp::Message;
 use super::trace::{BlockRow, Dimm, NodeLists, ZoneRow};
 
 /// What was done, and what was seen afterwards. What was not recorded is not compared.
@@ -30,8 +31,16 @@ pub(super) struct Step {
     pub(super) nodes: Option<NodeLists>,
     /// System RAM in `/proc/iomem`, above 4 GiB.
     pub(super) iomem: Option<Vec<String>>,
-    /// An eject was refused or completed during this step, as the machine heard of it.
-    pub(super) eject_answered: bool,
+    /// What the machine heard from ACPI during this step.
+    pub(super) messages: Vec<Message>,
+}
+
+impl Step {
+    /// Whether there is a state to compare.
+    pub(super) fn shows_state(&self) -> bool {
+        let lists = self.blocks.is_some() || self.zoneinfo.is_some() || self.nodes.is_some();
+        lists || self.memtotal_kib.is_some() || self.iomem.is_some()
+    }
 }
 
 /// An operation.
@@ -43,8 +52,8 @@ pub(super) enum Op {
     DeviceDel {
         /// QEMU's name of it.
         id: String,
-        /// What came of it while the recorder waited.
-        outcome: EjectOutcome,
+        /// What came of it while the recorder waited; nothing if the recording was cut short.
+        outcome: Option<EjectOutcome>,
     },
     /// A file of the memory subsystem was written.
     Write {
@@ -85,6 +94,16 @@ pub(super) enum EjectOutcome {
     Timeout,
 }
 
+impl fmt::Display for EjectOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Deleted => "deleted",
+            Self::GuestError => "guest_error",
+            Self::Timeout => "timeout",
+        })
+    }
+}
+
 /// How an operation ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
@@ -103,14 +122,16 @@ impl fmt::Display for Outcome {
     }
 }
 
-impl<'de> Deserialize<'de> for Outcome {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match Value::deserialize(deserializer)? {
+impl TryFrom<&Value> for Outcome {
+    type Error = String;
+
+    fn try_from(value: &Value) -> Result<Self, String> {
+        match value {
             Value::Number(number) if number.as_u64() == Some(0) => Ok(Self::Success),
-            Value::String(name) => Ok(Self::Errno(name)),
-            other => Err(de::Error::custom(format!(
+            Value::String(name) => Ok(Self::Errno(name.clone())),
+            other => Err(format!(
                 "the result is 0 or the name of an errno, not {other}"
-            ))),
+            )),
         }
     }
 }
@@ -123,41 +144,18 @@ struct RawStep {
     target: Value,
     #[serde(default)]
     arg: Value,
-    result: Option<Outcome>,
+    result: Option<Value>,
     blocks: Option<BTreeMap<u64, BlockRow>>,
     zoneinfo: Option<Vec<ZoneRow>>,
     memtotal_kib: Option<u64>,
     uevents: Option<Vec<String>>,
     nodes: Option<NodeLists>,
     iomem: Option<Vec<String>>,
-    qmp_events: Option<Vec<QmpEvent>>,
+    qmp_events: Option<Vec<Value>>,
     outcome: Option<EjectOutcome>,
     out: Option<String>,
     #[serde(default)]
     value_after: Value,
-}
-
-#[derive(Deserialize)]
-struct QmpEvent {
-    event: String,
-    #[serde(default)]
-    info: Value,
-}
-
-impl QmpEvent {
-    /// Whether the guest has come to an end with an eject: `_OST` other than "in progress", for an eject request.
-    fn answers_eject(&self) -> bool {
-        const EJECT_REQUEST: u64 = 3;
-        const IN_PROGRESS: u64 = 0x84;
-        let info = |key: &str| self.info.get(key).and_then(Value::as_u64);
-        match self.event.as_str() {
-            "DEVICE_DELETED" | "DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR" => true,
-            "ACPI_DEVICE_OST" => {
-                info("source") == Some(EJECT_REQUEST) && info("status") != Some(IN_PROGRESS)
-            }
-            _ => false,
-        }
-    }
 }
 
 /// Where a DIMM goes.
@@ -181,8 +179,8 @@ impl TryFrom<RawStep> for Step {
         });
         Ok(Self {
             label: format!("{}{}", raw.op, words.concat()),
+            result: raw.outcome_of(&op)?,
             op,
-            result: raw.result,
             blocks: raw.blocks,
             zoneinfo: raw.zoneinfo,
             memtotal_kib: raw.memtotal_kib,
@@ -194,12 +192,29 @@ impl TryFrom<RawStep> for Step {
                 .collect(),
             nodes: raw.nodes,
             iomem: raw.iomem,
-            eject_answered: raw.qmp_events.iter().flatten().any(QmpEvent::answers_eject),
+            messages: raw
+                .qmp_events
+                .iter()
+                .flatten()
+                .filter_map(Message::read)
+                .collect(),
         })
     }
 }
 
 impl RawStep {
+    /// How the operation ended. Where nothing is compared with it, any number or text will do: scripts have a status
+    /// of their own.
+    fn outcome_of(&self, op: &Op) -> Result<Option<Outcome>, String> {
+        match (&self.result, op) {
+            (None, _) => Ok(None),
+            (Some(Value::Number(_) | Value::String(_)), Op::Shell { .. } | Op::Other) => {
+                Ok(Some(Outcome::Success))
+            }
+            (Some(value), _) => Outcome::try_from(value).map(Some),
+        }
+    }
+
     fn operation(&self) -> Result<Op, String> {
         match self.op.as_str() {
             "add_dimm" => {
@@ -215,14 +230,13 @@ impl RawStep {
             }
             "device_del" => Ok(Op::DeviceDel {
                 id: self.text("target", &self.target)?,
-                outcome: self.outcome.ok_or("device_del has no outcome")?,
+                outcome: self.outcome,
             }),
             "write_param" => {
-                let path = self.text("target", &self.target)?;
-                let name = path.rsplit(['/', '.']).next().unwrap_or_default();
+                let (name, text) = self.parameter()?;
                 Ok(Op::WriteParam {
-                    name: name.to_owned(),
-                    text: self.text("arg", &self.arg)?,
+                    name: name.rsplit(['/', '.']).next().unwrap_or_default().into(),
+                    text,
                     value_after: match &self.value_after {
                         Value::Null => None,
                         value => Some(self.text("value_after", value)?),
@@ -236,10 +250,9 @@ impl RawStep {
             "read" | "wait" | "fill_tmpfs" | "checksum" | "rm" | "hog" => Ok(Op::Other),
             op => match op.strip_prefix("write_") {
                 Some(file) if !file.is_empty() => Ok(Op::Write {
-                    file: match &self.target {
-                        Value::Null => file.to_owned(),
-                        Value::Number(block) if block.is_u64() => format!("memory{block}/{file}"),
-                        _ => return Err(format!("target of {op}: not a memory block")),
+                    file: match self.block()? {
+                        None => file.to_owned(),
+                        Some(block) => format!("memory{block}/{file}"),
                     },
                     text: self.text("arg", &self.arg)?,
                 }),
@@ -248,11 +261,48 @@ impl RawStep {
         }
     }
 
+    /// Name and value of the parameter that was written: target and argument, or both in the argument.
+    fn parameter(&self) -> Result<(String, String), String> {
+        let pair = match (&self.target, &self.arg) {
+            (Value::Null, Value::String(text)) => text
+                .split_once('=')
+                .map(|(name, value)| (name.to_owned(), value.to_owned())),
+            (Value::Null, Value::Object(fields)) => match fields.get("name") {
+                Some(Value::String(name)) => {
+                    let value = fields.get("value").unwrap_or(&Value::Null);
+                    Some((name.clone(), self.text("arg", value)?))
+                }
+                _ => None,
+            },
+            (Value::Null, Value::Array(pair)) => match &pair[..] {
+                [Value::String(name), value] => Some((name.clone(), self.text("arg", value)?)),
+                _ => None,
+            },
+            (target, arg) => Some((self.text("target", target)?, self.text("arg", arg)?)),
+        };
+        pair.ok_or_else(|| format!("arg of {}: no name and value in {}", self.op, self.arg))
+    }
+
+    /// The memory block that was written to; none if the file is of all of them.
+    fn block(&self) -> Result<Option<u64>, String> {
+        let block = match &self.target {
+            Value::Null => return Ok(None),
+            Value::Number(block) => block.as_u64(),
+            Value::String(text) => text.strip_prefix("memory").unwrap_or(text).parse().ok(),
+            _ => None,
+        };
+        block
+            .map(Some)
+            .ok_or_else(|| format!("target of {}: not a memory block", self.op))
+    }
+
     fn text(&self, field: &str, value: &Value) -> Result<String, String> {
         match value {
             Value::String(text) => Ok(text.clone()),
-            // What can be written as a number sometimes was.
+            // What can be written as a number or a truth sometimes was, and nothing was written as null.
             Value::Number(number) if field != "target" => Ok(number.to_string()),
+            Value::Bool(truth) if field != "target" => Ok(if *truth { "Y" } else { "N" }.into()),
+            Value::Null if field == "arg" => Ok(String::new()),
             other => Err(format!(
                 "{field} of {}: expected text, got {other}",
                 self.op
@@ -263,9 +313,9 @@ impl RawStep {
 
 /// `online memory37`; the kernel has others to tell of, too.
 fn is_memory_event(event: &str) -> bool {
-    event.split_once(' ').is_some_and(|(_, device)| {
-        device
-            .strip_prefix("memory")
-            .is_some_and(|id| id.parse::<u64>().is_ok())
+    event.split_once(' ').is_some_and(|(action, device)| {
+        let block = device.strip_prefix("memory");
+        ["add", "remove", "online", "offline"].contains(&action)
+            && block.is_some_and(|id| id.parse::<u64>().is_ok())
     })
 }

@@ -272,7 +272,6 @@ impl Model {
                 .ram
                 .iter()
                 .chain(boot.special_purpose.iter().filter(|_| !config.soft_reserve))
-                .chain(&boot.hot_pluggable)
                 .cloned()
                 .collect(),
             blocks: BTreeMap::new(),

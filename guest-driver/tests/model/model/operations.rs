@@ -1045,8 +1045,20 @@ impl Model {
                     return Err(Error::Invalid);
                 }
                 let ranges = &self.node_ranges;
-                let range = ranges.iter().find(|range| range.bytes.contains(&start));
-                let nid = range.or(ranges.first()).map_or(0, |range| range.nid);
+                // Holes in the RAM of one node are that node's, too.
+                let hull = |a: &BootRange, b: &BootRange| {
+                    a.bytes.start.min(b.bytes.start)..a.bytes.end.max(b.bytes.end)
+                };
+                let around = ranges.iter().find(|a| {
+                    ranges.iter().filter(|b| a.nid == b.nid).any(|b| {
+                        let hull = hull(a, b);
+                        let foreign = |c: &&BootRange| {
+                            c.nid != a.nid && c.bytes.start < hull.end && hull.start < c.bytes.end
+                        };
+                        hull.contains(&start) && ranges.iter().find(foreign).is_none()
+                    })
+                });
+                let nid = around.or(ranges.first()).map_or(0, |range| range.nid);
                 let add = Add {
                     start,
                     size: self.block_size(),
