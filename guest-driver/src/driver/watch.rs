@@ -125,3 +125,82 @@ impl Notifier {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Memory blocks of 8 pages, big blocks of 16, in a region of pages 64 to 128.
+    fn notifier(mode: Mode) -> Notifier {
+        Notifier {
+            shared: Arc::new(Shared::default()),
+            mode,
+            region: 64..128,
+            memory_block: 8,
+            unit: if mode == Mode::SubBlock { 8 } else { 16 },
+        }
+    }
+
+    fn event(action: MemoryAction, pages: Range<u64>) -> MemoryEvent {
+        MemoryEvent {
+            action,
+            start_pfn: pages.start,
+            page_count: pages.end - pages.start,
+            nid: 0,
+            early: false,
+            node_changes: false,
+        }
+    }
+
+    fn asked(notifier: &Notifier, pages: Range<u64>) -> [Result<(), Error>; 2] {
+        [MemoryAction::GoingOnline, MemoryAction::GoingOffline]
+            .map(|action| notifier.notify(&event(action, pages.clone())))
+    }
+
+    #[test]
+    fn sub_block_mode_wants_exactly_a_memory_block() {
+        let notifier = notifier(Mode::SubBlock);
+        assert_eq!(asked(&notifier, 72..80), [Ok(()); 2]);
+        // One that holds its own metadata, two, a shifted one.
+        for pages in [73..80, 72..88, 68..76] {
+            assert_eq!(asked(&notifier, pages), [Err(Error::Invalid); 2]);
+        }
+        assert_eq!(asked(&notifier, 57..62), [Ok(()); 2]);
+    }
+
+    #[test]
+    fn big_block_mode_wants_ranges_inside_a_big_block() {
+        let notifier = notifier(Mode::BigBlock);
+        for pages in [72..80, 80..96, 81..83] {
+            assert_eq!(asked(&notifier, pages), [Ok(()); 2]);
+        }
+        assert_eq!(asked(&notifier, 72..88), [Err(Error::Invalid); 2]);
+    }
+
+    #[test]
+    fn nothing_changes_while_the_driver_is_removed_and_nobody_objects_after_it() {
+        let notifier = notifier(Mode::SubBlock);
+        notifier.shared.removing.store(true, Ordering::Relaxed);
+        assert_eq!(asked(&notifier, 72..80), [Err(Error::Busy); 2]);
+        assert_eq!(asked(&notifier, 0..8), [Ok(()); 2]);
+        notifier.shared.gone.store(true, Ordering::Relaxed);
+        assert_eq!(asked(&notifier, 72..80), [Ok(()); 2]);
+    }
+
+    #[test]
+    fn what_has_happened_is_counted() {
+        let notifier = notifier(Mode::SubBlock);
+        for action in [
+            MemoryAction::Online,
+            MemoryAction::Offline,
+            MemoryAction::CancelOnline,
+            MemoryAction::CancelOffline,
+        ] {
+            for pages in [72..80, 0..8] {
+                assert_eq!(notifier.notify(&event(action, pages)), Ok(()));
+            }
+        }
+        assert_eq!(notifier.shared.onlined.load(Ordering::Relaxed), 1);
+        assert_eq!(notifier.shared.offlined.load(Ordering::Relaxed), 1);
+    }
+}

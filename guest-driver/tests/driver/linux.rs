@@ -3,12 +3,12 @@
 use virtio_mem_driver::driver::{
     Mode, Policy, ProbeError, Progress, Stall, UnitState, UnreachableReason,
 };
-use virtio_mem_driver::hotplug::{BlockState, Mobility, OnlineType, Profile};
+use virtio_mem_driver::hotplug::{Mobility, OnlineType, Profile};
 
 use crate::support::device::{Device, Misbehave};
 use crate::support::{GIB, LINUX, MIB, NO_METADATA, Rig};
 use OnlineType::{Kernel, Movable};
-use virtio_mem_wire::{Answer, BlockRange};
+use virtio_mem_wire::Answer;
 
 type Requests = Vec<(String, u64, u64)>;
 
@@ -269,15 +269,4 @@ fn everything_works_in_every_profile_and_mode() {
 fn g_05_nothing_is_asked_of_a_device_that_has_nothing_plugged() {
     let mut rig = Rig::linux(GIB);
     assert_eq!(rig.requests_for(0), []);
-}
-
-#[test]
-fn g_11_notifier_keeps_ranges_it_does_not_understand_from_going_online() {
-    // A big block of two memory blocks: each may go on its own.
-    let mut rig = offline(GIB, 256 * MIB);
-    rig.requests_for(256 * MIB);
-    rig.hotplug.online(33, Movable).unwrap();
-    assert_eq!(rig.hotplug.block_state(32), Some(BlockState::Offline));
-    let map = rig.driver.plugged_map();
-    assert_eq!(map.count_in(BlockRange { first: 0, count: 4 }), 1);
 }
