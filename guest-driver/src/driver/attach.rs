@@ -118,11 +118,11 @@ impl fmt::Display for Removed {
 }
 
 impl<H: Hal, T: Transport> MemDriver<H, T> {
-    /// Removes the driver (Linux: `virtio_mem_remove`): the device is reset, which keeps all blocks plugged (D-13), and
-    /// what was registered with the hotplug core goes, unless memory is still added.
+    /// Removes the driver (Linux: `virtio_mem_remove`): the device is reset, which keeps all blocks plugged (D-13),
+    /// and what was registered with the hotplug core goes, unless memory is still added.
     ///
-    /// Memory that was about to be unplugged is given back. Under [`Strategy::Linux`] memory blocks that are offline and
-    /// plugged in part are removed, as nobody would keep their unplugged parts from going online; under
+    /// Memory that was about to be unplugged is given back. Under [`Strategy::Linux`] memory blocks that are
+    /// offline and plugged in part are removed, as nobody would keep their unplugged parts from going online; under
     /// [`Strategy::Direct`] they stay, as the hotplug core does.
     pub fn remove<M: PhysicalMemory>(mut self, hotplug: &mut Hotplug<M>) -> Removed {
         self.attachment.watch.set_removing(true);

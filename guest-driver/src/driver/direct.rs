@@ -1,8 +1,8 @@
 //! [`Strategy::Direct`](super::Strategy::Direct): the fewest requests, several at a time.
 //!
 //! Growing asks for whole gaps, across memory blocks. Shrinking is a campaign: it *chooses* as few runs as cover what
-//! must go, *takes* their memory from the page allocator one memory block after the other, chooses others for what is in
-//! use, and then unplugs each run of what it has taken with one request, or everything with one.
+//! must go, *takes* their memory from the page allocator one memory block after the other, chooses others for what
+//! is in use, and then unplugs each run of what it has taken with one request, or everything with one.
 
 use virtio_drivers::Hal;
 use virtio_drivers::transport::Transport;
@@ -78,8 +78,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         Ok(self.resting())
     }
 
-    /// What could be plugged: gaps in units that are there, and, if more `may_be_added`, units that are not. And whether
-    /// there are any of the latter that may not.
+    /// What could be plugged: gaps in units that are there, and, if more `may_be_added`, units that are not. And
+    /// whether there are any of the latter that may not.
     fn gaps(&self, view: &View<'_>, may_be_added: bool) -> (BlockMap, bool) {
         let mut gaps = BlockMap::new(self.layout.geometry.block_count());
         let mut kept_out = false;
@@ -214,8 +214,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         map
     }
 
-    /// What to take next of a run: its part in the highest memory block, or only its last granule if that memory block
-    /// cannot be emptied as a whole; in Big-Block Mode a big block.
+    /// What to take next of a run: its part in the highest memory block, or only its last granule if that memory
+    /// block cannot be emptied as a whole; in Big-Block Mode a big block.
     fn next_to_take(&self, run: BlockRange) -> BlockRange {
         let unit = self.layout.unit_of(run.end() - 1);
         let part_first = run.first.max(self.layout.unit(unit).first);
@@ -233,9 +233,9 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
 
     /// `range` could not be emptied.
     ///
-    /// A page in use there makes the driver try another range. That there is nowhere to move pages to is true of every
-    /// range: it waits then, for whoever has the memory to let go of some. After a few times in vain it looks for a range
-    /// without pages, which smaller ones are likelier to be.
+    /// A page in use there makes the driver try another range. That there is nowhere to move pages to is true of
+    /// every range: it waits then, for whoever has the memory to let go of some. After a few times in vain it looks
+    /// for a range without pages, which smaller ones are likelier to be.
     fn give_up(&mut self, range: BlockRange, error: Error) {
         if error == Error::NoMemory && self.starved < STARVED_MAX {
             self.starved += 1;

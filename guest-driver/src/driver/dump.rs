@@ -93,8 +93,9 @@ impl<H: Hal, T: Transport> DumpView<H, T> {
         plugged
     }
 
-    /// The addresses of the region that may be read, ascending, found in chunks of `chunk_size` bytes (at least a device
-    /// block): a chunk that is plugged in part is asked for block by block (Linux: `virtio_mem_vmcore_get_device_ram`).
+    /// The addresses of the region that may be read, ascending, found in chunks of `chunk_size` bytes (at least a
+    /// device block): a chunk that is plugged in part is asked for block by block (Linux:
+    /// `virtio_mem_vmcore_get_device_ram`).
     pub fn ram(
         &mut self,
         chunk_size: u64,

@@ -113,7 +113,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         Ok(Progress::AwaitingDevice)
     }
 
-    /// A page in use makes the driver try another range; that there is nowhere to move pages to is true of every range.
+    /// A page in use makes the driver try another range; that there is nowhere to move pages to is true of every
+    /// range.
     fn pass_over(&mut self, range: BlockRange, error: Error) {
         if error == Error::NoMemory {
             self.wait(Stall::MemoryInUse);

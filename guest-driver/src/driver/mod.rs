@@ -18,10 +18,10 @@
 //!                                                      added, removed and unplugged as a whole
 //! ```
 //!
-//! The driver never blocks and never spins: [`MemDriver::poll`] does one bounded step and says what it waits for. After
-//! a refusal it waits for a short while, or for the device to change its configuration. What the device says is checked;
-//! a device that breaks the rules is asked once more what it has plugged ([`Strategy::Direct`]), or ends in
-//! [`Progress::Failed`] with the reason.
+//! The driver never blocks and never spins: [`MemDriver::poll`] does one bounded step and says what it waits for.
+//! After a refusal it waits for a short while, or for the device to change its configuration. What the device says
+//! is checked; a device that breaks the rules is asked once more what it has plugged ([`Strategy::Direct`]), or
+//! ends in [`Progress::Failed`] with the reason.
 //!
 //! Source: virtio 1.4, section 5.15; Linux `drivers/virtio/virtio_mem.c`.
 
@@ -106,8 +106,8 @@ enum Phase {
 ///
 /// All memory it has added goes through the one [`Hotplug`] that is passed to [`probe`](Self::probe) and to
 /// [`poll`](Self::poll). [`remove`](Self::remove) takes back what it has registered there. When it is only dropped it
-/// resets the device, which keeps all blocks plugged (D-13), and its notifier stays behind and does nothing; a range that
-/// was being emptied stays isolated.
+/// resets the device, which keeps all blocks plugged (D-13), and its notifier stays behind and does nothing; a
+/// range that was being emptied stays isolated.
 pub struct MemDriver<H: Hal, T: Transport> {
     transport: T,
     /// None while the device is suspended.
@@ -229,8 +229,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         &self.policy
     }
 
-    /// Whether online memory is unplugged from now on. Under [`Strategy::Linux`] that shows with the next change of the
-    /// configuration.
+    /// Whether online memory is unplugged from now on. Under [`Strategy::Linux`] that shows with the next change of
+    /// the configuration.
     pub fn set_unplug_online(&mut self, unplug_online: bool) {
         self.policy.unplug_online = unplug_online;
         if self.policy.strategy == Strategy::Direct {

@@ -127,9 +127,9 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     /// Takes over the device behind `transport`, for the machine whose memory `hotplug` is: its region becomes a
     /// resource, its memory a group, and the driver a notifier.
     ///
-    /// Nothing is plugged or unplugged before the first [`poll`](Self::poll). What is still plugged from an earlier life
-    /// is taken over under [`Strategy::Direct`], with the memory that is still added; under [`Strategy::Linux`] it is
-    /// unplugged before anything else (G-05).
+    /// Nothing is plugged or unplugged before the first [`poll`](Self::poll). What is still plugged from an earlier
+    /// life is taken over under [`Strategy::Direct`], with the memory that is still added; under
+    /// [`Strategy::Linux`] it is unplugged before anything else (G-05).
     ///
     /// # Errors
     ///

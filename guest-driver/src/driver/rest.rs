@@ -86,8 +86,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
 
     /// Wakes the driver if its time has come, or if memory has gone online or offline.
     ///
-    /// Under [`Strategy::Linux`] an online wakes it only once half of the threshold is free, and an offline only where
-    /// nothing but offline memory is unplugged.
+    /// Under [`Strategy::Linux`] an online wakes it only once half of the threshold is free, and an offline only
+    /// where nothing but offline memory is unplugged.
     pub(super) fn check_triggers<M: PhysicalMemory>(&mut self, hotplug: &Hotplug<M>) {
         if let Rest::Waiting(Waiting {
             retry_at_ms: Some(at),

@@ -22,8 +22,8 @@ use super::take::withdraw_free;
 use super::{MemDriver, Strategy};
 use crate::hotplug::{Hotplug, PhysicalMemory};
 
-/// How often the driver starts anew before it gives up, unless it reaches its target in between: after a wrong answer or
-/// size, and after a reset.
+/// How often the driver starts anew before it gives up, unless it reaches its target in between: after a wrong
+/// answer or size, and after a reset.
 const RESYNCS_MAX: u8 = 1;
 const RESETS_MAX: u8 = 3;
 
@@ -144,8 +144,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         Ok(())
     }
 
-    /// V-09: resets the device, which keeps all blocks plugged (D-13), and initialises it again. What was in flight may
-    /// or may not have been done.
+    /// V-09: resets the device, which keeps all blocks plugged (D-13), and initialises it again. What was in flight
+    /// may or may not have been done.
     pub(super) fn restart(&mut self) -> Result<(), Failure> {
         if !reset(&mut self.transport) {
             return Err(Failure::NeedsReset);
@@ -205,8 +205,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         Ok(Progress::Converging)
     }
 
-    /// Brings what is plugged and what the hotplug core has together. Memory the device has lost is withdrawn, if no page
-    /// of it is in use.
+    /// Brings what is plugged and what the hotplug core has together. Memory the device has lost is withdrawn, if
+    /// no page of it is in use.
     ///
     /// This is one step, however large the region is.
     fn adopt<M: PhysicalMemory>(

@@ -28,8 +28,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     ///
     /// A step handles one answer, sends one request, moves at most 64 pages, or adds or removes one memory
     /// block or big block. `now_ms` is any monotonic clock: after a refusal the driver waits 10 ms, and twice as long
-    /// after each further one up to a second; under [`Strategy::Linux`] 50 s up to 300 s. `hotplug` must be the same one
-    /// in every call.
+    /// after each further one up to a second; under [`Strategy::Linux`] 50 s up to 300 s. `hotplug` must be the
+    /// same one in every call.
     ///
     /// To be called after [`on_interrupt`](Self::on_interrupt), when [`deadline_ms`](Self::deadline_ms) has come, and
     /// after memory of the region has gone online or offline.
@@ -162,8 +162,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         Ok(Progress::AwaitingDevice)
     }
 
-    /// G-13: what is to be done about the target. Under [`Strategy::Linux`] what is less than a granule stays as it is,
-    /// plugged or not; under [`Strategy::Direct`] it is not plugged.
+    /// G-13: what is to be done about the target. Under [`Strategy::Linux`] what is less than a granule stays as it
+    /// is, plugged or not; under [`Strategy::Direct`] it is not plugged.
     pub(super) fn aim(&self) -> Aim {
         let have = self.maps.intended_granules(&self.layout);
         let target = match self.policy.strategy {
@@ -243,8 +243,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         Ok(())
     }
 
-    /// The earliest time at which [`poll`](Self::poll) has something to do by itself, on the clock of the caller: to try
-    /// again, or to find that the device does not answer.
+    /// The earliest time at which [`poll`](Self::poll) has something to do by itself, on the clock of the caller:
+    /// to try again, or to find that the device does not answer.
     pub fn deadline_ms(&self) -> Option<u64> {
         if self.failure.is_some() || self.phase == Phase::Suspended {
             return None;

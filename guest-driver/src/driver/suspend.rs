@@ -35,7 +35,8 @@ pub enum SuspendError {
         plugged_size: u64,
     },
     /// Requests are in flight. Nothing new is sent from now on: [`poll`](MemDriver::poll) until
-    /// [`Progress::Suspended`](super::Progress::Suspended), and ask again. [`resume`](MemDriver::resume) takes it back.
+    /// [`Progress::Suspended`](super::Progress::Suspended), and ask again. [`resume`](MemDriver::resume) takes it
+    /// back.
     #[error("requests are in flight")]
     Pending,
     /// The device does not complete its reset.
@@ -81,8 +82,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         Ok(())
     }
 
-    /// Goes on after a suspend, or takes back a suspend that was [pending](SuspendError::Pending); the configuration is
-    /// read again.
+    /// Goes on after a suspend, or takes back a suspend that was [pending](SuspendError::Pending); the
+    /// configuration is read again.
     ///
     /// # Errors
     ///

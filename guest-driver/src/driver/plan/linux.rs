@@ -13,8 +13,8 @@ const PLUG_ORDER: [UnitState; 3] = [
     UnitState::OfflinePartial,
 ];
 
-/// The order in which memory blocks are unplugged: the offline ones, then the partly plugged ones, so that whole memory
-/// blocks become free; Movable before kernel zones (`virtio_mem_sbm_unplug_request`).
+/// The order in which memory blocks are unplugged: the offline ones, then the partly plugged ones, so that whole
+/// memory blocks become free; Movable before kernel zones (`virtio_mem_sbm_unplug_request`).
 const UNPLUG_ORDER: [UnitState; 6] = [
     UnitState::OfflinePartial,
     UnitState::Offline,
@@ -27,8 +27,8 @@ const UNPLUG_ORDER: [UnitState; 6] = [
 /// How many of those are offline.
 const UNPLUG_OFFLINE: usize = 2;
 
-/// The next blocks to plug, at most `granules`: the lowest gap of a partly plugged memory block, else the start of the
-/// first unit that is not there yet, if one more `may_be_added`.
+/// The next blocks to plug, at most `granules`: the lowest gap of a partly plugged memory block, else the start of
+/// the first unit that is not there yet, if one more `may_be_added`.
 pub(in super::super) fn next_plug(view: &View<'_>, granules: u64, may_be_added: bool) -> NextPlug {
     let gap = match view.layout.mode {
         Mode::SubBlock => PLUG_ORDER.iter().find_map(|state| lowest_gap(view, *state)),
@@ -84,8 +84,8 @@ pub(in super::super) fn next_unplug(
     }
 }
 
-/// What to unplug of a memory block: of an offline one the highest run, of an online one everything if everything must
-/// go, else its highest granule.
+/// What to unplug of a memory block: of an offline one the highest run, of an online one everything if everything
+/// must go, else its highest granule.
 fn in_memory_block(
     view: &View<'_>,
     unit: u64,
