@@ -22,17 +22,14 @@
 //!     now_ms: impl Fn() -> u64,
 //!     wait_for_interrupt: impl Fn(Option<u64>),
 //! ) -> Result<(), Box<dyn Error>> {
-//!     let profile = Profile::X86_64;
-//!     let mut hotplug = Hotplug::new(profile, memory)?;
-//!     let mut driver = MemDriver::<H, _>::probe(transport, &profile, Policy::default())?;
+//!     let mut hotplug = Hotplug::new(Profile::X86_64, memory)?;
+//!     let mut driver = MemDriver::<H, _>::probe(transport, &mut hotplug, Policy::default())?;
 //!     loop {
-//!         let deadline_ms = match driver.poll(&mut hotplug, now_ms()) {
+//!         match driver.poll(&mut hotplug, now_ms()) {
 //!             Progress::Converging => continue,
-//!             Progress::AwaitingDevice | Progress::Settled => None,
-//!             Progress::Stalled { retry_at_ms, .. } => retry_at_ms,
 //!             Progress::Failed(failure) => return Err(failure.into()),
-//!         };
-//!         wait_for_interrupt(deadline_ms);
+//!             _ => wait_for_interrupt(driver.deadline_ms()),
+//!         }
 //!         driver.on_interrupt();
 //!     }
 //! }

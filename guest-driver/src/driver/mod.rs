@@ -1,108 +1,121 @@
-//! The virtio-mem driver: follows the device's target by plugging and unplugging parts of memory blocks.
+//! The virtio-mem driver: follows the device's target by plugging and unplugging parts of its region.
 //!
-//! Sub-Block Mode as Linux has it: a *sub-block* is the larger of a device block and a pageblock, the least that
-//! can be plugged into, or unplugged out of, an online memory block. Growing completes partly plugged memory
-//! blocks before it adds new ones; shrinking empties partly plugged ones before it breaks up full ones, from
-//! high addresses to low, and removes a memory block with its last sub-block.
+//! | module | what it decides or does |
+//! |---|---|
+//! | `probe`, `attach` | initialisation; the driver's resource, group and notifier in the hotplug core |
+//! | `layout`, `maps`, `state` | sizes and ids; what is known of each device block; the state of a unit, derived |
+//! | `plan` | what to plug or unplug next, in Linux's order or in the fewest requests: pure functions |
+//! | `linux`, `direct` | the two strategies on top of that |
+//! | `take`, `give` | memory out of the page allocator before it is unplugged, and into it after it was plugged |
+//! | `queue`, `answers` | requests in flight and what their answers change |
+//! | `rest`, `watch` | when there is nothing to do, and what ends that; who goes online and offline |
+//! | `resync`, `suspend`, `dump` | STATE scans and resets; power management; crash dumps |
 //!
-//! The driver never blocks and never spins: [`MemDriver::poll`] does one bounded step and says what it waits
-//! for, one request is in flight at a time, and after a refusal it waits for a short while or for the device to
-//! change its configuration. What the device says is checked; a device that breaks the rules ends in
-//! [`Progress::Failed`] with the reason.
+//! ```text
+//!  Linux's driver has two modes        Sub-Block Mode  a memory block holds several granules, and an online one
+//!  (virtio 1.4 knows only blocks)                      may be plugged in part; the rest of it is withheld
+//!                                      Big-Block Mode  a granule holds one or more memory blocks, and is plugged,
+//!                                                      added, removed and unplugged as a whole
+//! ```
 //!
-//! Not here yet: Big-Block Mode (device blocks larger than a memory block are refused), several requests in
-//! flight, re-adoption of plugged memory by STATE requests, suspend.
+//! The driver never blocks and never spins: [`MemDriver::poll`] does one bounded step and says what it waits for.
+//! After a refusal it waits for a short while, or for the device to change its configuration. What the device says
+//! is checked; a device that breaks the rules is asked once more what it has plugged ([`Strategy::Direct`]), or
+//! ends in [`Progress::Failed`] with the reason.
 //!
 //! Source: virtio 1.4, section 5.15; Linux `drivers/virtio/virtio_mem.c`.
 
-use alloc::collections::BTreeSet;
 use core::fmt;
 
 use virtio_drivers::Hal;
 use virtio_drivers::transport::{DeviceStatus, InterruptStatus, Transport};
-use virtio_mem_wire::{BlockMap, BlockRange, Config, Features};
+use virtio_mem_wire::{BlockMap, Config, Features};
 
-use crate::hotplug::{self, Hotplug, Isolation, OnlineType, PhysicalMemory};
+use crate::hotplug::{self, Hotplug, OnlineType, PhysicalMemory};
 
+mod answers;
+mod attach;
 mod config;
 mod counters;
+mod direct;
+mod dump;
+mod events;
+mod give;
 mod layout;
+mod linux;
+mod maps;
 mod plan;
+mod policy;
 mod probe;
 mod progress;
 mod queue;
+mod report;
+mod rest;
+mod resync;
+mod state;
 mod step;
+mod suspend;
+mod take;
+mod watch;
 
+pub use attach::Removed;
 pub use config::ConfigReadError;
 pub use counters::Counters;
-pub use layout::LayoutError;
+pub use dump::DumpView;
+pub use events::Event;
+pub use layout::Mode;
+pub use policy::{Policy, Strategy};
 pub use probe::ProbeError;
-pub use progress::{Failure, Progress, Stall};
+pub use progress::{Failure, Progress, ResyncReason, Stall, Unreachable, UnreachableReason};
+pub use state::UnitState;
+pub use suspend::{Suspend, SuspendError};
 
+use answers::InFlight;
+use attach::{Attachment, owner};
+use events::Sink;
 use layout::Layout;
-use queue::RequestQueue;
+use maps::Maps;
+use plan::InUse;
+use queue::{MAX_IN_FLIGHT, RequestQueue};
+use rest::Rest;
+use resync::Scan;
+use state::{Presence, View};
+use take::Emptying;
+use watch::Seen;
 
-/// What the kernel that embeds the driver may choose.
+/// Units without plugged blocks that have to be removed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Removal {
+    /// There may be some, with this id or a larger one.
+    check: bool,
+    from: u64,
+    /// One could not be removed (H-10).
+    refused: bool,
+}
+
+/// Whether the device may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Policy {
-    /// How memory that was just added goes online, unless the hotplug core has seen to that; `None` leaves it offline
-    /// until [`MemDriver::online_block`].
-    pub auto_online: Option<OnlineType>,
-}
-
-impl Default for Policy {
-    /// Added memory is used for movable pages, so that it can be unplugged again.
-    fn default() -> Self {
-        Self {
-            auto_online: Some(OnlineType::Movable),
-        }
-    }
-}
-
-/// A request the device has not answered yet.
-#[derive(Clone, Copy, Debug)]
-enum InFlight {
-    UnplugAll,
-    Plug(BlockRange),
-    Unplug {
-        range: BlockRange,
-        /// Its pages were taken from the allocator, which gets them back if the device is busy.
-        taken: bool,
-    },
-}
-
-/// A range that is being emptied before it is unplugged.
-#[derive(Debug)]
-struct Emptying {
-    isolation: Isolation,
-    range: BlockRange,
-}
-
-/// Why and until when there is nothing to do.
-#[derive(Clone, Copy, Debug)]
-struct Waiting {
-    reason: Stall,
-    /// Time to try again; without one only a change of the configuration helps.
-    retry_at_ms: Option<u64>,
-}
-
-/// What could not be emptied since the last wait.
-#[derive(Debug)]
-struct InUse {
-    sub_blocks: BlockMap,
-    memory_blocks: BTreeSet<u64>,
+enum Phase {
+    Running,
+    /// A suspend waits for what is in flight.
+    Freezing,
+    Suspended,
 }
 
 /// The driver of one memory device.
 ///
-/// All memory it has added goes through the one [`Hotplug`] that is passed to [`poll`](Self::poll). When it is
-/// dropped it resets the device, which keeps all blocks plugged (D-13).
+/// All memory it has added goes through the one [`Hotplug`] that is passed to [`probe`](Self::probe) and to
+/// [`poll`](Self::poll). [`remove`](Self::remove) takes back what it has registered there. When it is only dropped it
+/// resets the device, which keeps all blocks plugged (D-13), and its notifier stays behind and does nothing; a
+/// range that was being emptied stays isolated.
 pub struct MemDriver<H: Hal, T: Transport> {
     transport: T,
-    queue: RequestQueue<H>,
+    /// None while the device is suspended.
+    queue: Option<RequestQueue<H>>,
     features: Features,
     policy: Policy,
     layout: Layout,
+    attachment: Attachment,
     /// As last read.
     config: Config,
     /// The configuration must be read again.
@@ -111,35 +124,52 @@ pub struct MemDriver<H: Hal, T: Transport> {
     usable_may_shrink: bool,
     /// The target at which the device refused to plug; the configuration is read once more because of it.
     refused_at: Option<u64>,
+    /// V-09
+    needs_reset: bool,
     /// Blocks are plugged that the driver knows nothing of (G-05).
     unplug_all: bool,
-    plugged: BlockMap,
-    /// Memory blocks the driver has added.
-    added: BTreeSet<u64>,
-    /// A memory block with plugged blocks that could not be added.
-    orphan: Option<u64>,
-    /// A memory block without plugged blocks could not be removed.
-    removal_pending: bool,
-    in_flight: Option<InFlight>,
+    in_flight: [Option<InFlight>; MAX_IN_FLIGHT],
+    scan: Option<Scan>,
+    /// How often the driver has started anew since it last reached its target.
+    resyncs: u8,
+    maps: Maps,
+    removal: Removal,
     emptying: Option<Emptying>,
+    /// Direct: what is to be taken.
+    chosen: BlockMap,
     in_use: InUse,
-    waiting: Option<Waiting>,
-    retry_delay_ms: u64,
-    /// How often in a row there was nowhere to move pages to.
+    /// Direct: how often in a row there was nowhere to move pages to.
     starved: u8,
+    /// Linux: why to wait once what could not be added is unplugged.
+    pending_stall: Option<Stall>,
+    /// Linux: memory was removed, which is a reason not to wait.
+    removed_in_run: bool,
+    rest: Rest,
+    /// What had gone online and offline when that was looked at last.
+    seen: Seen,
+    retry_delay_ms: u64,
+    /// The time of this poll.
+    now_ms: u64,
+    phase: Phase,
+    /// The last poll could only wait for the device.
+    awaiting: bool,
     failure: Option<Failure>,
     counters: Counters,
+    events: Sink,
+    reported: report::Reported,
 }
 
 impl<H: Hal, T: Transport> fmt::Debug for MemDriver<H, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MemDriver")
             .field("features", &self.features)
+            .field("policy", &self.policy)
+            .field("mode", &self.layout.mode)
             .field("config", &self.config)
-            .field("plugged_blocks", &self.plugged.count())
+            .field("plugged_blocks", &self.maps.plugged.count())
             .field("in_flight", &self.in_flight)
             .field("emptying", &self.emptying)
-            .field("waiting", &self.waiting)
+            .field("rest", &self.rest)
             .field("failure", &self.failure)
             .finish_non_exhaustive()
     }
@@ -151,30 +181,20 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     /// Acknowledges the interrupt (M-06), and after a configuration change looks whether the device needs a
     /// reset (V-09). Everything else is left to [`poll`](Self::poll), which must be called soon.
     pub fn on_interrupt(&mut self) {
+        if self.phase == Phase::Suspended {
+            return;
+        }
         let interrupt = self.transport.ack_interrupt();
         if interrupt.contains(InterruptStatus::DEVICE_CONFIGURATION_INTERRUPT) {
             self.config_changed = true;
-            if matches!(self.waiting, Some(w) if w.reason == Stall::ConfigUnstable) {
-                self.waiting = None;
+            if matches!(self.rest, Rest::Waiting(w) if w.reason == Stall::ConfigUnstable) {
+                self.rest = Rest::None;
             }
             let status = self.transport.get_status();
             if status.contains(DeviceStatus::DEVICE_NEEDS_RESET) {
-                self.fail(Failure::NeedsReset);
+                self.needs_reset = true;
             }
         }
-    }
-
-    /// Ends a wait that has a time limit: what could not be done is tried again by the next
-    /// [`poll`](Self::poll). To be called when memory has become free, for example.
-    pub fn retry(&mut self) {
-        if matches!(self.waiting, Some(w) if w.retry_at_ms.is_some()) {
-            self.end_wait();
-        }
-    }
-
-    /// Whether the next [`poll`](Self::poll) would only find that the device has not answered yet.
-    pub fn awaits_device(&self) -> bool {
-        self.failure.is_none() && self.in_flight.is_some() && !self.queue.has_answer()
     }
 
     /// Brings an offline memory block of the driver's online, but for its unplugged parts.
@@ -188,7 +208,11 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         id: u64,
         online_type: OnlineType,
     ) -> Result<(), hotplug::Error> {
-        if !self.added.contains(&id) {
+        let inside = self
+            .layout
+            .all_units()
+            .any(|unit| self.layout.memory_blocks(unit).contains(&id));
+        if !inside || !Presence::of(hotplug, owner(), id).is_ours() {
             return Err(hotplug::Error::Invalid);
         }
         // G-06, G-10: pages of unplugged blocks are withheld, so they never reach the allocator.
@@ -200,6 +224,40 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         self.features
     }
 
+    /// The policy in use.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Whether online memory is unplugged from now on. Under [`Strategy::Linux`] that shows with the next change of
+    /// the configuration.
+    pub fn set_unplug_online(&mut self, unplug_online: bool) {
+        self.policy.unplug_online = unplug_online;
+        if self.policy.strategy == Strategy::Direct {
+            self.end_rest();
+        }
+    }
+
+    /// How memory that is added from now on goes online.
+    pub fn set_auto_online(&mut self, auto_online: Option<OnlineType>) {
+        self.policy.auto_online = auto_online;
+    }
+
+    /// How device blocks and memory blocks go together.
+    pub fn mode(&self) -> Mode {
+        self.layout.mode
+    }
+
+    /// Bytes of a memory block, or in Big-Block Mode of a big block: what is added and removed at a time.
+    pub fn unit_size(&self) -> u64 {
+        self.layout.unit_size
+    }
+
+    /// Bytes of a sub-block, or in Big-Block Mode of a big block: the least that is plugged or unplugged.
+    pub fn granule_size(&self) -> u64 {
+        self.layout.granule_size
+    }
+
     /// The device's configuration as last read. Its `plugged_size` is as old as that; see
     /// [`plugged_size`](Self::plugged_size).
     pub fn config(&self) -> &Config {
@@ -208,19 +266,12 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
 
     /// The device blocks the driver believes plugged.
     pub fn plugged_map(&self) -> &BlockMap {
-        &self.plugged
+        &self.maps.plugged
     }
 
     /// Bytes the driver believes plugged.
     pub fn plugged_size(&self) -> u64 {
-        self.layout.geometry.bytes(self.plugged.count())
-    }
-
-    /// Bytes of the target that no whole sub-block of a whole memory block can reach (G-15): less than a
-    /// sub-block, unless the usable region is too small or badly aligned.
-    pub fn unreachable_size(&self) -> u64 {
-        let reachable = self.target_sub_blocks() * self.layout.sub_block_size;
-        self.config.mutable.requested_size - reachable
+        self.layout.geometry.bytes(self.maps.plugged.count())
     }
 
     /// Requests and answers so far.
@@ -228,11 +279,22 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         &self.counters
     }
 
-    /// What the driver works towards, in sub-blocks.
-    fn target_sub_blocks(&self) -> u64 {
+    /// What [`Strategy::Direct`] works towards, in granules.
+    fn target_granules(&self) -> u64 {
         let config = &self.config.mutable;
-        let wanted = config.requested_size / self.layout.sub_block_size;
+        let wanted = self.layout.granules(config.requested_size);
         wanted.min(self.layout.capacity(config.usable_region_size))
+    }
+
+    /// Decides something from the state of the units.
+    fn with_view<M, R>(&self, hotplug: &Hotplug<M>, decide: impl FnOnce(&View<'_>) -> R) -> R {
+        decide(&View {
+            layout: &self.layout,
+            plugged: &self.maps.plugged,
+            taken: &self.maps.taken,
+            units: self.layout.units(self.config.mutable.usable_region_size),
+            presence: &|id| Presence::of(hotplug, owner(), id),
+        })
     }
 
     /// Gives up on the device, and tells it so.
@@ -244,19 +306,13 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             self.transport.set_status(status | DeviceStatus::FAILED);
         }
     }
-
-    fn end_wait(&mut self) {
-        self.waiting = None;
-        self.in_use.sub_blocks.clear();
-        self.in_use.memory_blocks.clear();
-    }
 }
 
 impl<H: Hal, T: Transport> Drop for MemDriver<H, T> {
     fn drop(&mut self) {
         // V-11: the queue's memory is the device's until it has stopped.
-        if probe::reset(&mut self.transport) {
-            self.queue.device_stopped();
+        if self.queue.is_some() && probe::reset(&mut self.transport) {
+            self.stop_queue();
         }
     }
 }

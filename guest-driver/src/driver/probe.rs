@@ -1,6 +1,5 @@
 //! Initialisation (virtio 1.4, 3.1.1 and 5.15.5), every step of it.
 
-use alloc::collections::BTreeSet;
 use core::hint::spin_loop;
 
 use thiserror::Error;
@@ -8,14 +7,22 @@ use virtio_drivers::Hal;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, Transport};
 use virtio_mem_wire::{BlockMap, Config, Features};
 
+use super::attach::Attachment;
+use super::events::Sink;
 use super::layout::Layout;
-use super::queue::RequestQueue;
-use super::step::RETRY_MIN_MS;
-use super::{ConfigReadError, Counters, InUse, LayoutError, MemDriver, Policy, config};
-use crate::hotplug::Profile;
+use super::maps::Maps;
+use super::plan::InUse;
+use super::queue::{MAX_IN_FLIGHT, RequestQueue};
+use super::resync::Scan;
+use super::{
+    ConfigReadError, Counters, MemDriver, Phase, Policy, Removal, Rest, Strategy, config, rest,
+};
+use crate::hotplug::{self, Hotplug, PhysicalMemory};
 
 /// The features this driver knows what to do with (V-02).
-const SUPPORTED: Features = Features::VERSION_1.union(Features::UNPLUGGED_INACCESSIBLE);
+const SUPPORTED: Features = Features::VERSION_1
+    .union(Features::UNPLUGGED_INACCESSIBLE)
+    .union(Features::PERSISTENT_SUSPEND);
 
 /// How often the status is read before a reset counts as failed. A read takes a device 0.1 to 100 µs.
 const RESET_READS: usize = 100_000;
@@ -41,84 +48,152 @@ pub enum ProbeError {
     /// The configuration cannot be read or makes no sense.
     #[error(transparent)]
     Config(#[from] ConfigReadError),
-    /// The block size does not fit the machine.
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
+    /// The region, or a memory group for it, cannot be had.
+    #[error("region: {0}")]
+    Region(hotplug::Error),
+    /// Memory that an earlier driver has added is still there, which [`Strategy::Linux`] cannot take over (H-8).
+    #[error("{bytes:#x} bytes of memory are still added")]
+    MemoryAdded {
+        /// How much.
+        bytes: u64,
+    },
 }
 
-impl<H: Hal, T: Transport> MemDriver<H, T> {
-    /// Takes over the device behind `transport`, for a machine with the sizes of `profile`.
-    ///
-    /// Nothing is plugged or unplugged before the first [`poll`](Self::poll). Blocks that are still plugged from
-    /// an earlier life are unplugged then, before anything else (G-05).
+/// A device that is ready but for DRIVER_OK.
+pub(super) struct Ready<H: Hal> {
+    pub(super) features: Features,
+    pub(super) queue: RequestQueue<H>,
+    pub(super) config: Config,
+    bits: DeviceStatus,
+}
+
+impl<H: Hal> Ready<H> {
+    /// From reset to a configuration that makes sense.
     ///
     /// # Errors
     ///
     /// See [`ProbeError`]. The device is told (status FAILED) and reset.
-    pub fn probe(mut transport: T, profile: &Profile, policy: Policy) -> Result<Self, ProbeError> {
+    pub(super) fn new(transport: &mut impl Transport) -> Result<Self, ProbeError> {
+        if !reset(transport) {
+            return Err(ProbeError::ResetTimeout);
+        }
+        let mut status = Status::new(transport);
+        let features = match status.negotiate() {
+            Ok(features) => features,
+            Err(error) => return Err(status.fail(error)),
+        };
+        let queue = match RequestQueue::<H>::new(status.transport) {
+            Ok(queue) => queue,
+            Err(error) => return Err(status.fail(error.into())),
+        };
+        let bits = status.bits;
+        match config::read(transport) {
+            Ok(config) => Ok(Self {
+                features,
+                queue,
+                config,
+                bits,
+            }),
+            Err(error) => Err(abandon(transport, queue, bits, error.into())),
+        }
+    }
+
+    /// Sets DRIVER_OK: from now on the device works.
+    pub(super) fn start(self, transport: &mut impl Transport) -> (Features, RequestQueue<H>) {
+        transport.set_status(self.bits | DeviceStatus::DRIVER_OK);
+        (self.features, self.queue)
+    }
+
+    fn abandon(self, transport: &mut impl Transport, error: ProbeError) -> ProbeError {
+        abandon(transport, self.queue, self.bits, error)
+    }
+}
+
+/// Tells the device and resets it, so that the queue's memory is free again (V-11).
+fn abandon<H: Hal>(
+    transport: &mut impl Transport,
+    mut queue: RequestQueue<H>,
+    bits: DeviceStatus,
+    error: ProbeError,
+) -> ProbeError {
+    transport.set_status(bits | DeviceStatus::FAILED);
+    if reset(transport) {
+        queue.device_stopped();
+    }
+    error
+}
+
+impl<H: Hal, T: Transport> MemDriver<H, T> {
+    /// Takes over the device behind `transport`, for the machine whose memory `hotplug` is: its region becomes a
+    /// resource, its memory a group, and the driver a notifier.
+    ///
+    /// Nothing is plugged or unplugged before the first [`poll`](Self::poll). What is still plugged from an earlier
+    /// life is taken over under [`Strategy::Direct`], with the memory that is still added; under
+    /// [`Strategy::Linux`] it is unplugged before anything else (G-05).
+    ///
+    /// # Errors
+    ///
+    /// See [`ProbeError`]. The device is told (status FAILED) and reset.
+    pub fn probe<M: PhysicalMemory>(
+        mut transport: T,
+        hotplug: &mut Hotplug<M>,
+        policy: Policy,
+    ) -> Result<Self, ProbeError> {
         let device_type = transport.device_type();
         if device_type != DeviceType::Memory {
             return Err(ProbeError::WrongDevice(device_type));
         }
-        if !reset(&mut transport) {
-            return Err(ProbeError::ResetTimeout);
-        }
-        let mut status = Status::new(&mut transport);
-        let negotiated = status.negotiate();
-        let features = negotiated.map_err(|error| status.fail(error))?;
-        let queue = RequestQueue::<H>::new(status.transport);
-        let mut queue = queue.map_err(|error| status.fail(error.into()))?;
-        match read_config(status.transport, profile) {
-            Ok((config, layout)) => {
-                status.add(DeviceStatus::DRIVER_OK);
-                Ok(Self {
-                    transport,
-                    queue,
-                    features,
-                    policy,
-                    layout,
-                    config,
-                    // A target set after it was read above and before DRIVER_OK has raised no interrupt
-                    // (V-10), so it is read again now that every change raises one.
-                    config_changed: true,
-                    usable_may_shrink: false,
-                    refused_at: None,
-                    unplug_all: config.mutable.plugged_size != 0,
-                    plugged: BlockMap::new(config.geometry.block_count()),
-                    added: BTreeSet::new(),
-                    orphan: None,
-                    removal_pending: false,
-                    in_flight: None,
-                    emptying: None,
-                    in_use: InUse {
-                        sub_blocks: BlockMap::new(config.geometry.block_count()),
-                        memory_blocks: BTreeSet::new(),
-                    },
-                    waiting: None,
-                    retry_delay_ms: RETRY_MIN_MS,
-                    starved: 0,
-                    failure: None,
-                    counters: Counters::default(),
-                })
-            }
-            Err(error) => {
-                let error = status.fail(error);
-                if reset(&mut transport) {
-                    queue.device_stopped();
-                }
-                Err(error)
-            }
-        }
+        let ready = Ready::new(&mut transport)?;
+        let config = ready.config;
+        let layout = Layout::new(config.geometry, hotplug.profile(), &policy);
+        let attachment = match Attachment::new(hotplug, &layout, &policy) {
+            Ok(attachment) => attachment,
+            Err(error) => return Err(ready.abandon(&mut transport, error)),
+        };
+        let (features, queue) = ready.start(&mut transport);
+        let plugged = config.mutable.plugged_size != 0;
+        let adopt = policy.strategy == Strategy::Direct && (plugged || attachment.adopted);
+        let usable_size = config.mutable.usable_region_size;
+        let scan = adopt.then(|| Scan::new(&layout, usable_size));
+        let block_count = config.geometry.block_count();
+        Ok(Self {
+            transport,
+            queue: Some(queue),
+            features,
+            policy,
+            layout,
+            config,
+            seen: attachment.watch.seen(),
+            attachment,
+            // A target set after it was read above and before DRIVER_OK has raised no interrupt (V-10), so it is
+            // read again now that every change raises one.
+            config_changed: true,
+            usable_may_shrink: false,
+            refused_at: None,
+            needs_reset: false,
+            unplug_all: plugged && policy.strategy == Strategy::Linux,
+            in_flight: [None; MAX_IN_FLIGHT],
+            scan,
+            resyncs: 0,
+            maps: Maps::new(block_count),
+            removal: Removal::default(),
+            emptying: None,
+            chosen: BlockMap::new(block_count),
+            in_use: InUse::new(block_count),
+            starved: 0,
+            pending_stall: None,
+            removed_in_run: false,
+            rest: Rest::None,
+            retry_delay_ms: rest::delays(policy.strategy).0,
+            now_ms: 0,
+            phase: Phase::Running,
+            awaiting: false,
+            failure: None,
+            counters: Counters::default(),
+            events: Sink::default(),
+            reported: super::report::Reported::default(),
+        })
     }
-}
-
-fn read_config(
-    transport: &impl Transport,
-    profile: &Profile,
-) -> Result<(Config, Layout), ProbeError> {
-    let config = config::read(transport)?;
-    let layout = Layout::new(config.geometry, profile)?;
-    Ok((config, layout))
 }
 
 /// Resets the device; `false` if it does not get there in a bounded number of reads (V-05).
@@ -154,6 +229,7 @@ impl<'a, T: Transport> Status<'a, T> {
 
     fn fail(&mut self, error: ProbeError) -> ProbeError {
         self.add(DeviceStatus::FAILED);
+        reset(self.transport);
         error
     }
 

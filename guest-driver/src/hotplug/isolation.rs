@@ -355,6 +355,25 @@ impl<M: PhysicalMemory> Hotplug<M> {
         Ok(())
     }
 
+    /// Whether all pages of `[start, start + size)` are withheld; `None` if some are and some are not.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] unless the range is made of whole pageblocks of memory blocks that were added.
+    pub fn withheld(&self, start: u64, size: u64) -> Result<Option<bool>, Error> {
+        let pageblocks = self.pageblocks(start, size)?;
+        let first = self.block_of_pageblock(pageblocks.start);
+        let last = self.block_of_pageblock(pageblocks.end - 1);
+        if !(first..=last).all(|id| self.block_state(id).is_some()) {
+            return Err(Error::Invalid);
+        }
+        let withheld = self.is_withheld(pageblocks.start);
+        let same = pageblocks
+            .clone()
+            .all(|pageblock| self.is_withheld(pageblock) == withheld);
+        Ok(same.then_some(withheld))
+    }
+
     /// The state that all memory blocks of the range share.
     fn state_of(&self, pageblocks: &Range<u64>) -> Result<BlockState, Error> {
         let first = self.block_of_pageblock(pageblocks.start);

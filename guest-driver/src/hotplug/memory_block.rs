@@ -70,6 +70,21 @@ pub(super) struct MemoryBlock {
     pub(super) early: bool,
 }
 
+impl MemoryBlock {
+    fn info(&self, id: u64) -> BlockInfo {
+        BlockInfo {
+            id,
+            state: self.state,
+            nid: self.nid,
+            zone: self.zone,
+            group: self.group,
+            memmap_pages: self.memmap_pages,
+            poisoned_pages: self.poisoned,
+            early: self.early,
+        }
+    }
+}
+
 /// A memory block, as its files show it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockInfo {
@@ -308,16 +323,12 @@ impl<M> Hotplug<M> {
 
     /// All memory blocks, ascending.
     pub fn blocks(&self) -> impl Iterator<Item = BlockInfo> + '_ {
-        self.blocks.iter().map(|(id, block)| BlockInfo {
-            id: *id,
-            state: block.state,
-            nid: block.nid,
-            zone: block.zone,
-            group: block.group,
-            memmap_pages: block.memmap_pages,
-            poisoned_pages: block.poisoned,
-            early: block.early,
-        })
+        self.blocks.iter().map(|(id, block)| block.info(*id))
+    }
+
+    /// Memory block `id`; `None` if it was not added.
+    pub fn block(&self, id: u64) -> Option<BlockInfo> {
+        self.blocks.get(&id).map(|block| block.info(id))
     }
 
     pub(super) fn pageblocks_of_block(&self, id: u64) -> Range<u64> {

@@ -154,7 +154,7 @@ fn nack_because_the_target_was_lowered_is_followed_at_once() {
 
 #[test]
 fn error_ends_the_driver_with_the_request() {
-    let mut rig = Rig::new(GIB);
+    let mut rig = Rig::linux(GIB);
     misbehave(&rig, Misbehave::Answer(Answer::Error));
     rig.device.request(4 * MIB);
     let failure = failure(&mut rig);
@@ -168,7 +168,7 @@ fn error_ends_the_driver_with_the_request() {
 #[test]
 fn refused_unplug_is_a_violation_and_its_memory_is_not_touched_again() {
     for answer in [Answer::Error, Answer::Nack] {
-        let mut rig = Rig::new(GIB);
+        let mut rig = Rig::linux(GIB);
         rig.resize(4 * MIB);
         misbehave(&rig, Misbehave::Answer(answer));
         rig.device.request(2 * MIB);
@@ -180,7 +180,7 @@ fn refused_unplug_is_a_violation_and_its_memory_is_not_touched_again() {
 #[test]
 fn v_14_short_answers_are_not_believed() {
     for len in [0, 2, 7] {
-        let mut rig = Rig::new(GIB);
+        let mut rig = Rig::linux(GIB);
         misbehave(&rig, Misbehave::Raw(vec![0; 10], len));
         rig.device.request(2 * MIB);
         assert_eq!(
@@ -195,7 +195,7 @@ fn v_14_short_answers_are_not_believed() {
 
 #[test]
 fn h_04_unknown_answers_are_not_believed() {
-    let mut rig = Rig::new(GIB);
+    let mut rig = Rig::linux(GIB);
     misbehave(&rig, Misbehave::Raw(vec![9, 0, 0, 0, 0, 0, 0, 0], 8));
     rig.device.request(2 * MIB);
     assert_eq!(
@@ -214,7 +214,7 @@ fn v_14_used_length_beyond_the_buffer_is_cut() {
 
 #[test]
 fn buffer_that_is_not_in_flight_is_a_violation() {
-    let mut rig = Rig::new(GIB);
+    let mut rig = Rig::linux(GIB);
     misbehave(&rig, Misbehave::WrongBuffer);
     rig.device.request(2 * MIB);
     assert_eq!(
@@ -225,18 +225,18 @@ fn buffer_that_is_not_in_flight_is_a_violation() {
 
 #[test]
 fn v_09_device_that_needs_a_reset_is_not_waited_for() {
-    let mut rig = Rig::new(GIB);
+    let mut rig = Rig::linux(GIB);
     rig.device.state().hold = true;
     rig.device.request(2 * MIB);
     while rig.step() != Progress::AwaitingDevice {}
-    assert!(rig.driver.awaits_device());
+    assert!(rig.driver.awaits_device(rig.now_ms));
     {
         let mut state = rig.device.state();
         state.status |= DeviceStatus::DEVICE_NEEDS_RESET;
         state.change_config();
     }
     assert_eq!(failure(&mut rig), Failure::NeedsReset);
-    assert!(!rig.driver.awaits_device());
+    assert!(!rig.driver.awaits_device(rig.now_ms));
 }
 
 #[test]
@@ -268,7 +268,7 @@ fn d_08_usable_region_that_shrinks_is_noticed() {
 
 #[test]
 fn h_07_plugged_size_that_does_not_match_is_noticed() {
-    let mut rig = Rig::new(GIB);
+    let mut rig = Rig::linux(GIB);
     rig.resize(4 * MIB);
     rig.device.state().config.mutable.plugged_size = 2 * MIB;
     rig.device.state().change_config();

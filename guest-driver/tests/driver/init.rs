@@ -1,11 +1,11 @@
 //! Initialisation: the order of steps, and everything that ends it.
 
 use virtio_drivers::transport::{DeviceStatus, DeviceType};
-use virtio_mem_driver::driver::{ConfigReadError, LayoutError, ProbeError, Progress};
+use virtio_mem_driver::driver::{ConfigReadError, ProbeError, Progress};
 use virtio_mem_wire::{Answer, BlockRange, ConfigError, Features, Field};
 
 use crate::support::device::{Device, Event, Misbehave};
-use crate::support::{GIB, MIB, Rig, dma, probe};
+use crate::support::{GIB, LINUX, MIB, Rig, dma, probe};
 
 const ACCEPTED: u64 = (1 << 32) | (1 << 1);
 
@@ -35,7 +35,7 @@ fn v_01_steps_are_taken_in_order() {
             Event::ReadFeatures,
             Event::WriteFeatures(ACCEPTED),
             Event::Status(11),
-            Event::QueueSet(2),
+            Event::QueueSet(16),
             Event::ReadConfig,
             Event::Status(15),
         ]
@@ -50,7 +50,7 @@ fn v_02_g_04_only_known_features_are_accepted() {
     let driver = probe(&device).unwrap();
     assert_eq!(
         driver.features(),
-        Features::VERSION_1 | Features::UNPLUGGED_INACCESSIBLE
+        Features::VERSION_1 | Features::UNPLUGGED_INACCESSIBLE | Features::PERSISTENT_SUSPEND
     );
 }
 
@@ -122,15 +122,6 @@ fn d_06_wrong_configuration_is_refused_and_the_device_stopped() {
 }
 
 #[test]
-fn block_larger_than_a_memory_block_is_refused() {
-    let device = Device::new(4 * GIB, GIB, 256 * MIB);
-    assert!(matches!(
-        probe(&device),
-        Err(ProbeError::Layout(LayoutError::BlockTooLarge { .. }))
-    ));
-}
-
-#[test]
 fn d_07_empty_region_is_legal() {
     let mut rig = Rig::on(Device::new(0, 0, 2 * MIB), Default::default());
     assert_eq!(rig.run(), Progress::Settled);
@@ -178,8 +169,8 @@ fn g_05_memory_plugged_in_an_earlier_life_is_unplugged_until_the_device_has_done
             state.misbehave.push_back(Misbehave::Answer(Answer::Busy));
         }
     }
-    let mut rig = Rig::on(device, Default::default());
-    for retry_at_ms in [10, 30] {
+    let mut rig = Rig::on(device, LINUX);
+    for retry_at_ms in [50_000, 150_000] {
         assert!(matches!(
             rig.run(),
             Progress::Stalled { retry_at_ms: Some(at), .. } if at == retry_at_ms
@@ -208,7 +199,7 @@ fn d_43_n_09_usable_region_may_shrink_with_unplug_all_and_is_read_again() {
         state.config.mutable.plugged_size = 2 * MIB;
         state.hold = true;
     }
-    let mut rig = Rig::on(device, Default::default());
+    let mut rig = Rig::on(device, LINUX);
     rig.step();
     assert_eq!(rig.step(), Progress::AwaitingDevice);
     rig.device.state().config.mutable.usable_region_size = 256 * MIB;

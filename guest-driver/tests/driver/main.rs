@@ -5,8 +5,13 @@
     reason = "helpers of tests fail like tests"
 )]
 
+mod direct;
 mod faults;
 mod init;
+mod lifecycle;
+mod linux;
 mod random;
+mod recovery;
 mod resize;
 mod support;
+mod torn;

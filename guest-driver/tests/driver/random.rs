@@ -2,8 +2,9 @@
 //! everything is given back.
 
 use proptest::prelude::*;
-use virtio_mem_driver::driver::{Policy, Progress};
-use virtio_mem_driver::hotplug::{Mobility, OnlineType, PageHandle};
+use virtio_drivers::transport::DeviceStatus;
+use virtio_mem_driver::driver::{self, Policy, Progress};
+use virtio_mem_driver::hotplug::{Error, Fault, Mobility, OnlineType, PageHandle, Step};
 use virtio_mem_wire::Answer;
 
 use crate::support::device::{Device, Misbehave};
@@ -13,14 +14,47 @@ const REGION: u64 = 512 * MIB;
 
 #[derive(Clone, Debug)]
 enum Operation {
-    Request { blocks: u64 },
-    Busy { times: usize },
-    Steps { count: usize },
+    Request {
+        blocks: u64,
+    },
+    Busy {
+        times: usize,
+    },
+    Steps {
+        count: usize,
+    },
     Rest,
-    Allocate { count: usize, unmovable: bool },
-    Free { count: usize, seed: usize },
-    Pin { index: usize },
-    Unpin { index: usize },
+    Allocate {
+        count: usize,
+        unmovable: bool,
+    },
+    Free {
+        count: usize,
+        seed: usize,
+    },
+    Pin {
+        index: usize,
+    },
+    Unpin {
+        index: usize,
+    },
+    /// User space.
+    Online {
+        block: u64,
+        kernel: bool,
+    },
+    Offline {
+        block: u64,
+    },
+    /// A step of the hotplug core fails.
+    Fault {
+        step: usize,
+        skip: u32,
+    },
+    /// Direct only: what it recovers from.
+    Error,
+    NeedsReset,
+    ProbeAgain,
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -36,6 +70,12 @@ fn operation() -> impl Strategy<Value = Operation> {
         4 => (1..600usize, index()).prop_map(|(count, seed)| Free { count, seed }),
         1 => index().prop_map(|index| Pin { index }),
         2 => index().prop_map(|index| Unpin { index }),
+        1 => (32..37u64, any::<bool>()).prop_map(|(block, kernel)| Online { block, kernel }),
+        1 => (32..37u64).prop_map(|block| Offline { block }),
+        1 => (0..Step::ALL.len(), 0..5u32).prop_map(|(step, skip)| Fault { step, skip }),
+        1 => Just(Error),
+        1 => Just(NeedsReset),
+        1 => Just(ProbeAgain),
     ]
 }
 
@@ -47,6 +87,7 @@ struct HeldPage {
 
 struct World {
     rig: Rig,
+    direct: bool,
     held: Vec<HeldPage>,
     next_tag: u64,
 }
@@ -67,6 +108,54 @@ impl World {
                 }
             }
             Operation::Rest => self.rest(),
+            Operation::Online { block, kernel } => {
+                let online_type = match kernel {
+                    true => OnlineType::Kernel,
+                    false => OnlineType::Movable,
+                };
+                let _refused_or_not = rig.hotplug.online(block, online_type);
+            }
+            Operation::Offline { block } => {
+                let _refused_or_not = rig.hotplug.offline(block);
+            }
+            Operation::Fault { step, skip } => {
+                let step = Step::ALL[step];
+                let error = match step {
+                    Step::Isolate | Step::Commit | Step::PrepareOnline => Error::Busy,
+                    _ => Error::NoMemory,
+                };
+                rig.hotplug.inject(Fault { step, skip, error });
+            }
+            Operation::Error | Operation::NeedsReset | Operation::ProbeAgain if !self.direct => {}
+            Operation::Error => {
+                // Once, until the driver has got somewhere.
+                self.rest();
+                self.forget_errors();
+                if self.rig.driver.unreachable().is_none() {
+                    let error = Misbehave::Answer(Answer::Error);
+                    self.rig.device.state().misbehave.push_back(error);
+                }
+            }
+            Operation::NeedsReset => {
+                self.rest();
+                self.forget_errors();
+                let mut state = self.rig.device.state();
+                state.status |= DeviceStatus::DEVICE_NEEDS_RESET;
+                state.change_config();
+            }
+            Operation::ProbeAgain => {
+                self.forget_errors();
+                let spare = Rig::new(2 * MIB);
+                let Rig {
+                    device,
+                    driver,
+                    mut hotplug,
+                    now_ms,
+                } = std::mem::replace(&mut self.rig, spare);
+                let policy = *driver.policy();
+                driver.remove(&mut hotplug);
+                self.rig = Rig::again(device, hotplug, policy, now_ms).unwrap();
+            }
             Operation::Allocate { count, unmovable } => {
                 let mobility = match unmovable {
                     true => Mobility::Unmovable,
@@ -114,6 +203,13 @@ impl World {
         }
     }
 
+    /// Two errors in a row are one too many.
+    fn forget_errors(&self) {
+        let mut state = self.rig.device.state();
+        let busy = |how: &Misbehave| !matches!(how, Misbehave::Answer(Answer::Error));
+        state.misbehave.retain(busy);
+    }
+
     /// Lets the driver get as far as it can: to its target, or until it has tried in vain for longer than it
     /// waits for memory to move pages to.
     fn rest(&mut self) {
@@ -125,13 +221,19 @@ impl World {
             let refusals = self.rig.device.state().misbehave.len();
             let progress = self.rig.run();
             let refused = self.rig.device.state().misbehave.len() < refusals;
-            self.rig.check();
+            assert!(!matches!(progress, Progress::Failed(_)), "{progress:?}");
+            self.rig.hotplug.check_invariants().unwrap();
             match progress {
-                Progress::Settled => return,
+                Progress::Settled => {
+                    self.rig.check();
+                    return;
+                }
                 Progress::Stalled {
                     retry_at_ms: Some(at),
                     ..
                 } => self.rig.now_ms = at,
+                // Until something changes.
+                Progress::Stalled { .. } => return,
                 other => panic!("{other:?}"),
             }
             let plugged = self.rig.driver.plugged_size();
@@ -159,12 +261,17 @@ proptest! {
         operations in prop::collection::vec(operation(), 1..60),
         offset_mib in prop_oneof![Just(0u64), Just(64), Just(3)],
         stay_offline in prop::bool::weighted(0.1),
+        linux in any::<bool>(),
+        big_blocks in prop::bool::weighted(0.3),
     ) {
         let policy = Policy {
             auto_online: (!stay_offline).then_some(OnlineType::Movable),
+            strategy: if linux { driver::Strategy::Linux } else { driver::Strategy::Direct },
+            force_bbm: big_blocks,
+            ..Policy::default()
         };
         let device = Device::new(4 * GIB + offset_mib * MIB, REGION, MIB);
-        let mut world = World { rig: Rig::on(device, policy), held: Vec::new(), next_tag: 1 };
+        let mut world = World { rig: Rig::on(device, policy), direct: !linux, held: Vec::new(), next_tag: 1 };
         for operation in operations {
             world.apply(operation);
             world.check();
@@ -175,6 +282,7 @@ proptest! {
             }
             world.rig.hotplug.free(page.handle).unwrap();
         }
+        world.rig.hotplug.clear_faults();
         world.rig.device.request(0);
         world.rest();
         prop_assert_eq!(world.rig.driver.plugged_size(), 0);

@@ -7,6 +7,10 @@ use virtio_mem_wire::{Answer, RequestKind};
 use crate::support::device::Device;
 use crate::support::{GIB, MIB, Rig};
 
+fn unreachable(rig: &Rig) -> u64 {
+    rig.driver.unreachable().map_or(0, |rest| rest.bytes)
+}
+
 type Requests = Vec<(String, u64, u64)>;
 
 fn plug(first: u64, count: u64) -> (String, u64, u64) {
@@ -31,8 +35,8 @@ fn one_by_one(blocks: std::ops::Range<u64>) -> Requests {
 }
 
 #[test]
-fn idle_memory_is_resized_with_the_fewest_requests() {
-    let mut rig = Rig::new(4 * GIB);
+fn idle_memory_is_resized_in_linux_order() {
+    let mut rig = Rig::linux(4 * GIB);
     let mut resize = |size| {
         rig.resize(size);
         rig.device.state().take_requests()
@@ -96,14 +100,17 @@ fn g_11_pages_in_use_are_moved_with_their_contents() {
     rig.verify(&kept);
     // More than fits into what is left.
     rig.device.request(4 * MIB);
-    assert!(matches!(
-        rig.run(),
-        Progress::Stalled {
+    for _ in 0..8 {
+        let Progress::Stalled {
             reason: Stall::MemoryInUse,
-            ..
-        }
-    ));
-    rig.check();
+            retry_at_ms: Some(at),
+        } = rig.run()
+        else {
+            panic!("it is neither done nor hopeless");
+        };
+        rig.check();
+        rig.now_ms = at;
+    }
     assert_eq!(rig.driver.plugged_size(), 6 * MIB);
     rig.verify(&kept);
 }
@@ -153,6 +160,7 @@ fn g_15_pinned_page_keeps_its_sub_block_until_it_is_unpinned() {
 fn unmovable_page_is_worked_around() {
     let policy = Policy {
         auto_online: Some(OnlineType::Kernel),
+        ..Policy::default()
     };
     let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
     rig.resize(256 * MIB);
@@ -167,7 +175,7 @@ fn unmovable_page_is_worked_around() {
 
 #[test]
 fn target_that_changes_while_memory_is_emptied_is_followed() {
-    let mut rig = Rig::new(GIB);
+    let mut rig = Rig::linux(GIB);
     rig.resize(256 * MIB);
     let handles = rig.allocate(1000, Mobility::Movable);
     rig.device.request(128 * MIB);
@@ -205,12 +213,12 @@ fn g_14_capacity_that_no_whole_memory_block_reaches_is_reported() {
     rig.device.request(256 * MIB);
     assert_eq!(rig.run(), Progress::Settled);
     assert_eq!(rig.device.state().take_requests(), [plug(64, 128)]);
-    assert_eq!(rig.driver.unreachable_size(), 128 * MIB);
+    assert_eq!(unreachable(&rig), 128 * MIB);
     // Half a sub-block is not plugged, and does not stay plugged.
     rig.device.request(5 * MIB);
     assert_eq!(rig.run(), Progress::Settled);
     assert_eq!(rig.driver.plugged_size(), 4 * MIB);
-    assert_eq!(rig.driver.unreachable_size(), MIB);
+    assert_eq!(unreachable(&rig), MIB);
     rig.check();
 }
 
@@ -221,7 +229,7 @@ fn h_02_no_request_names_more_than_65535_blocks() {
     rig.resize(256 * MIB);
     assert_eq!(
         rig.device.state().take_requests(),
-        [plug(0, 32768), plug(32768, 32768)]
+        [plug(0, 65024), plug(65024, 512)]
     );
     rig.resize(2 * MIB);
     rig.resize(0);
@@ -229,7 +237,7 @@ fn h_02_no_request_names_more_than_65535_blocks() {
 
 #[test]
 fn memory_that_stays_offline_is_unplugged_without_being_emptied() {
-    let policy = Policy { auto_online: None };
+    let policy = Policy::linux();
     let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
     rig.resize(130 * MIB);
     rig.device.state().take_requests();

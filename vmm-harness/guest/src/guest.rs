@@ -122,8 +122,8 @@ impl<P: Platform> Guest<P> {
         if !(1..=MAX_VCPUS).contains(&vcpu_count) {
             return Err(BootError::VcpuCount(vcpu_count));
         }
-        let hotplug = Hotplug::new(parameters.profile, platform.memory())?;
-        let driver = MemDriver::probe(transport, &parameters.profile, Policy::default())?;
+        let mut hotplug = Hotplug::new(parameters.profile, platform.memory())?;
+        let driver = MemDriver::probe(transport, &mut hotplug, Policy::default())?;
         let need = driver.plugged_map().len().div_ceil(u64::from(u64::BITS));
         let have = platform.view().len();
         if need > have as u64 {
@@ -161,9 +161,8 @@ impl<P: Platform> Guest<P> {
                 match progress {
                     Progress::Converging => {}
                     Progress::Stalled { retry_at_ms, .. } => self.platform.wait(retry_at_ms),
-                    Progress::AwaitingDevice | Progress::Settled | Progress::Failed(_) => {
-                        self.platform.wait(None);
-                    }
+                    // The device is this machine's, and answers; see `Platform::wait`.
+                    _ => self.platform.wait(None),
                 }
             }
         }
@@ -172,7 +171,7 @@ impl<P: Platform> Guest<P> {
 
     /// One step of the driver.
     fn poll(&self, driver: &mut MemDriver<P::Hal, P::Transport>) -> Progress {
-        if driver.awaits_device() {
+        if driver.awaits_device(self.platform.now_ms()) {
             return Progress::AwaitingDevice;
         }
         let mut hotplug = self.hotplug.lock(|| self.platform.relax());
@@ -278,7 +277,7 @@ impl<P: Platform> Guest<P> {
 fn state_of(progress: Progress) -> DriverState {
     match progress {
         Progress::Converging | Progress::AwaitingDevice => DriverState::Converging,
-        Progress::Settled => DriverState::Settled,
+        Progress::Settled | Progress::Suspended => DriverState::Settled,
         Progress::Stalled { .. } => DriverState::Stalled,
         Progress::Failed(_) => DriverState::Failed,
     }

@@ -241,6 +241,9 @@ impl State {
             return Response::Error;
         };
         let state = self.plugged.state(range);
+        if let Request::State(_) = request {
+            return Response::AckState(state);
+        }
         let size = geometry.bytes(range.count);
         match request {
             Request::Plug(_) if state == BlockState::Unplugged => {

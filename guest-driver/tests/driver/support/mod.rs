@@ -7,7 +7,9 @@ pub(crate) mod memory;
 use std::sync::Arc;
 
 use virtio_mem_driver::driver::{MemDriver, Policy, ProbeError, Progress};
-use virtio_mem_driver::hotplug::{Hotplug, Mobility, PageHandle, Profile};
+use virtio_mem_driver::hotplug::{
+    Error, Fault, Hotplug, Mobility, OnlineType, PageHandle, Profile, Step,
+};
 
 use device::{Device, FakeTransport};
 use dma::FakeHal;
@@ -16,14 +18,26 @@ use memory::PluggedMemory;
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const GIB: u64 = 1 << 30;
 
+/// No memory for the metadata of the next section.
+pub(crate) const NO_METADATA: Fault = Fault {
+    step: Step::Memmap,
+    skip: 0,
+    error: Error::NoMemory,
+};
+
+/// Linux's policy, but that memory goes online in Movable.
+pub(crate) const LINUX: Policy = Policy {
+    auto_online: Some(OnlineType::Movable),
+    ..Policy::linux()
+};
+
 pub(crate) type Driver = MemDriver<FakeHal, FakeTransport>;
 
 pub(crate) fn probe(device: &Arc<Device>) -> Result<Driver, ProbeError> {
-    MemDriver::probe(
-        FakeTransport(Arc::clone(device)),
-        &Profile::X86_64,
-        Policy::default(),
-    )
+    let memory = PluggedMemory(Arc::clone(device));
+    let mut hotplug = Hotplug::new(Profile::X86_64, memory).unwrap();
+    let transport = FakeTransport(Arc::clone(device));
+    MemDriver::probe(transport, &mut hotplug, Policy::default())
 }
 
 /// A driver at work on a device of `region_size` bytes at 4 GiB, in blocks of 2 MiB.
@@ -42,15 +56,54 @@ impl Rig {
         )
     }
 
+    /// The same under Linux's policy, memory going online in Movable.
+    pub(crate) fn linux(region_size: u64) -> Self {
+        Self::on(Device::new(4 * GIB, region_size, 2 * MIB), LINUX)
+    }
+
     pub(crate) fn on(device: Arc<Device>, policy: Policy) -> Self {
+        Self::with_profile(device, policy, Profile::X86_64)
+    }
+
+    pub(crate) fn with_profile(device: Arc<Device>, policy: Policy, profile: Profile) -> Self {
         let transport = FakeTransport(Arc::clone(&device));
         let memory = PluggedMemory(Arc::clone(&device));
+        let mut hotplug = Hotplug::new(profile, memory).unwrap();
         Self {
-            driver: MemDriver::probe(transport, &Profile::X86_64, policy).unwrap(),
-            hotplug: Hotplug::new(Profile::X86_64, memory).unwrap(),
+            driver: MemDriver::probe(transport, &mut hotplug, policy).unwrap(),
+            hotplug,
             device,
             now_ms: 0,
         }
+    }
+
+    /// Replaces the driver by one that is probed anew.
+    pub(crate) fn probe_again(self, policy: Policy) -> Result<Self, ProbeError> {
+        let Self {
+            device,
+            driver,
+            hotplug,
+            now_ms,
+        } = self;
+        drop(driver);
+        Self::again(device, hotplug, policy, now_ms)
+    }
+
+    /// A driver for a device and memory that another one has left.
+    pub(crate) fn again(
+        device: Arc<Device>,
+        mut hotplug: Hotplug<PluggedMemory>,
+        policy: Policy,
+        now_ms: u64,
+    ) -> Result<Self, ProbeError> {
+        let transport = FakeTransport(Arc::clone(&device));
+        let driver = MemDriver::probe(transport, &mut hotplug, policy)?;
+        Ok(Self {
+            device,
+            driver,
+            hotplug,
+            now_ms,
+        })
     }
 
     /// One step, interrupts taken before.
@@ -66,13 +119,34 @@ impl Rig {
         for _ in 0..100_000 {
             match self.step() {
                 Progress::Converging => {}
-                Progress::AwaitingDevice if !self.driver.awaits_device() => {}
+                Progress::AwaitingDevice if !self.driver.awaits_device(self.now_ms) => {}
                 // An interrupt came with the answer that ended this run.
                 _ if !self.device.state().interrupt.is_empty() => {}
                 progress => return progress,
             }
         }
         panic!("the driver does not come to rest");
+    }
+
+    /// Asks for `size`, lets the driver get as far as it can, and returns the requests that took, in
+    /// `(name, first block, blocks)`.
+    pub(crate) fn requests_for(&mut self, size: u64) -> Vec<(String, u64, u64)> {
+        self.device.request(size);
+        self.run();
+        self.check();
+        self.device.state().take_requests()
+    }
+
+    /// Brings a memory block online, as user space would, and returns the requests that follow.
+    pub(crate) fn requests_after_online(
+        &mut self,
+        id: u64,
+        online_type: OnlineType,
+    ) -> Vec<(String, u64, u64)> {
+        self.hotplug.online(id, online_type).unwrap();
+        self.run();
+        self.check();
+        self.device.state().take_requests()
     }
 
     /// Asks for `size` and checks that both halves get there.
@@ -92,7 +166,8 @@ impl Rig {
             self.driver.plugged_size(),
             state.config.mutable.plugged_size
         );
-        let managed = self.hotplug.counts().managed * 4096;
+        let page_size = self.hotplug.profile().page_size();
+        let managed = self.hotplug.counts().managed * page_size;
         assert!(managed <= self.driver.plugged_size());
     }
 

@@ -99,11 +99,14 @@ fn failure_of_the_driver_is_reported_with_its_reason() {
     let device = Device::new(4 * GIB, GIB, 2 * MIB);
     Host::run(&device, PARAMETERS, |host| {
         host.resize(64 * MIB);
-        let wrong = Misbehave::Answer(Answer::Error);
-        device.state().misbehave.push_back(wrong);
+        // The request, and the question what is plugged that follows.
+        for _ in 0..2 {
+            let wrong = Misbehave::Answer(Answer::Error);
+            device.state().misbehave.push_back(wrong);
+        }
         device.request(128 * MIB);
         host.until(|| host.report() == DriverState::Failed);
-        assert_eq!(host.message(), "plug was answered ERROR");
+        assert_eq!(host.message(), "state was answered ERROR");
         // What is plugged goes on being used.
         host.await_work();
     });

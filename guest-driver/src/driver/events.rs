@@ -1,0 +1,72 @@
+//! What the driver does, for a kernel to log or to show.
+
+use alloc::boxed::Box;
+use core::fmt;
+use core::ops::Range;
+
+use super::progress::{Failure, ResyncReason, Stall, Unreachable};
+use super::state::UnitState;
+
+/// Something has happened. Addresses are physical, sizes are bytes, times are on the clock of the caller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The device asks for so many bytes.
+    Target {
+        /// The size it asks for.
+        requested_size: u64,
+    },
+    /// The device has plugged a range.
+    Plugged(Range<u64>),
+    /// The device has unplugged a range.
+    Unplugged(Range<u64>),
+    /// The device has unplugged everything.
+    UnpluggedAll,
+    /// A unit is in another state.
+    Unit {
+        /// Its id: address / size of a unit.
+        id: u64,
+        /// Its state now.
+        state: UnitState,
+    },
+    /// The driver cannot get on for now.
+    Stalled {
+        /// What is in the way.
+        reason: Stall,
+        /// When it tries again; without it, only an interrupt or memory going online or offline helps.
+        retry_at_ms: Option<u64>,
+    },
+    /// The driver has done what it can.
+    Settled {
+        /// Bytes that are plugged now.
+        plugged_size: u64,
+        /// What of the target cannot be reached.
+        unreachable: Option<Unreachable>,
+    },
+    /// The driver asks the device which blocks are plugged.
+    Resync(ResyncReason),
+    /// What the device has plugged is known again.
+    Resynced {
+        /// Bytes that are plugged.
+        plugged_size: u64,
+    },
+    /// The device is not used any more.
+    Failed(Failure),
+}
+
+/// Who takes the events. Without one they are dropped.
+#[derive(Default)]
+pub(super) struct Sink(pub(super) Option<Box<dyn FnMut(Event) + Send>>);
+
+impl fmt::Debug for Sink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Sink").field(&self.0.is_some()).finish()
+    }
+}
+
+impl Sink {
+    pub(super) fn emit(&mut self, event: Event) {
+        if let Some(sink) = &mut self.0 {
+            sink(event);
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Suspend, removal, crash dumps, events.
+
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use virtio_drivers::transport::DeviceStatus;
+use virtio_mem_driver::driver::{
+    DumpView, Event, Policy, Progress, Suspend, SuspendError, UnitState,
+};
+use virtio_mem_driver::hotplug::{Error, Mobility, OnlineType};
+use virtio_mem_wire::{BlockRange, Features};
+
+use crate::support::device::{Device, FakeTransport, Misbehave};
+use crate::support::dma::FakeHal;
+use crate::support::{GIB, LINUX, MIB, Rig};
+
+#[test]
+fn g_16_nothing_deeper_than_idle_while_memory_is_plugged() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(64 * MIB);
+    let pages = rig.allocate(100, Mobility::Movable);
+    let disk = rig.driver.suspend(&mut rig.hotplug, Suspend::Disk);
+    assert_eq!(disk, Err(SuspendError::NotPermitted));
+    let ram = rig.driver.suspend(&mut rig.hotplug, Suspend::Ram);
+    let plugged_size = 64 * MIB;
+    assert_eq!(ram, Err(SuspendError::MemoryPlugged { plugged_size }));
+    rig.driver.suspend(&mut rig.hotplug, Suspend::Idle).unwrap();
+    assert_eq!(rig.step(), Progress::Suspended);
+    assert!(rig.device.state().status.is_empty());
+    rig.device.state().config.mutable.requested_size = 128 * MIB;
+    rig.driver.resume().unwrap();
+    assert_eq!(rig.run(), Progress::Settled);
+    assert_eq!(rig.driver.plugged_size(), 128 * MIB);
+    rig.verify(&pages);
+    for page in pages {
+        rig.hotplug.free(page).unwrap();
+    }
+    rig.resize(0);
+    rig.driver.suspend(&mut rig.hotplug, Suspend::Ram).unwrap();
+    rig.driver.resume().unwrap();
+    rig.resize(2 * MIB);
+}
+
+#[test]
+fn memory_that_stays_plugged_can_sleep() {
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    device.state().offered |= Features::PERSISTENT_SUSPEND.bits();
+    let mut rig = Rig::on(device, LINUX);
+    rig.resize(64 * MIB);
+    rig.driver.suspend(&mut rig.hotplug, Suspend::Ram).unwrap();
+    rig.driver.resume().unwrap();
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.resize(0);
+}
+
+#[test]
+fn suspend_waits_for_what_is_in_flight_and_nothing_new_is_sent() {
+    let mut rig = Rig::new(GIB);
+    rig.device.state().hold = true;
+    rig.device.request(64 * MIB);
+    assert_eq!(rig.run(), Progress::AwaitingDevice);
+    let idle = |rig: &mut Rig| rig.driver.suspend(&mut rig.hotplug, Suspend::Idle);
+    assert_eq!(idle(&mut rig), Err(SuspendError::Pending));
+    rig.device.request(128 * MIB);
+    assert_eq!(rig.run(), Progress::AwaitingDevice);
+    rig.device.answer();
+    assert_eq!(rig.run(), Progress::Suspended);
+    assert_eq!(rig.hotplug.counts().managed, 64 * MIB / 4096);
+    assert_eq!(idle(&mut rig), Ok(()));
+    rig.device.state().hold = false;
+    rig.driver.resume().unwrap();
+    rig.resize(128 * MIB);
+}
+
+#[test]
+fn removal_takes_everything_back_or_says_what_is_left() {
+    for policy in [LINUX, Policy::default()] {
+        let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
+        let before = rig.hotplug.resources().iomem().count();
+        assert_eq!(before, 1);
+        rig.resize(192 * MIB);
+        let Rig {
+            device,
+            driver,
+            mut hotplug,
+            ..
+        } = rig;
+        assert_eq!(driver.remove(&mut hotplug).added_size, 256 * MIB);
+        assert!(device.state().status.is_empty());
+        assert_eq!(hotplug.resources().iomem().count(), 2);
+    }
+    let mut rig = Rig::new(GIB);
+    rig.resize(192 * MIB);
+    rig.resize(0);
+    assert_eq!(rig.driver.remove(&mut rig.hotplug).added_size, 0);
+    assert_eq!(rig.hotplug.resources().iomem().count(), 0);
+}
+
+#[test]
+fn linux_removal_takes_memory_blocks_that_are_offline_and_plugged_in_part() {
+    let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), Policy::linux());
+    rig.resize(192 * MIB);
+    let removed = rig.driver.remove(&mut rig.hotplug);
+    assert_eq!(removed.added_size, 128 * MIB);
+}
+
+#[test]
+fn dropped_driver_objects_to_nothing() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(128 * MIB);
+    drop(rig.driver);
+    assert!(rig.device.state().status.is_empty());
+    rig.hotplug.offline(32).unwrap();
+    rig.hotplug.online(32, OnlineType::Kernel).unwrap();
+}
+
+#[test]
+fn only_plugged_memory_is_dumped_and_nothing_is_changed() {
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    {
+        let mut state = device.state();
+        state.plugged.insert(BlockRange { first: 3, count: 2 });
+        state.plugged.insert(BlockRange {
+            first: 64,
+            count: 100,
+        });
+        state.config.mutable.plugged_size = 204 * MIB;
+        state.config.mutable.usable_region_size = 512 * MIB;
+    }
+    let transport = FakeTransport(Arc::clone(&device));
+    let mut view = DumpView::<FakeHal, _>::probe(transport).unwrap();
+    let at = |block: u64| 4 * GIB + block * 2 * MIB;
+    let mut is_ram = |address| view.is_ram(address, || true);
+    for (address, expected) in [
+        (0, true),
+        (5 * GIB, true),
+        (at(2), false),
+        (at(3), true),
+        (at(3) + 4096, true),
+        (at(5) - 1, true),
+        (at(5), false),
+        // Not usable: not even asked for.
+        (at(300), false),
+    ] {
+        assert_eq!(is_ram(address), expected, "{address:#x}");
+    }
+    // The last answer is kept.
+    assert_eq!(device.state().take_requests().len(), 4);
+    let ram = view.ram(128 * MIB, || true);
+    assert_eq!(ram, [at(3)..at(5), at(64)..at(164)]);
+    let requests = device.state().take_requests();
+    assert!(requests.iter().all(|request| request.0 == "state"));
+    // G-21, and no answer at all.
+    let wrong = Misbehave::Answer(virtio_mem_wire::Answer::Error);
+    device.state().misbehave.push_back(wrong);
+    assert!(!view.is_ram(at(70), || true));
+    assert!(view.is_ram(at(71), || true));
+    device.state().hold = true;
+    let mut patience = 10;
+    let keep_waiting = || {
+        patience -= 1;
+        patience > 0
+    };
+    assert!(!view.is_ram(at(70), keep_waiting));
+    assert_eq!(device.state().plugged.count(), 102);
+    drop(view);
+    assert!(device.state().status.is_empty());
+}
+
+#[test]
+fn empty_device_is_not_asked_about() {
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    let transport = FakeTransport(Arc::clone(&device));
+    let mut view = DumpView::<FakeHal, _>::probe(transport).unwrap();
+    assert!(!view.is_ram(4 * GIB, || true));
+    assert_eq!(view.ram(GIB, || true), []);
+    assert!(device.state().requests.is_empty());
+    assert!(device.state().status.contains(DeviceStatus::DRIVER_OK));
+}
+
+#[test]
+fn events_tell_what_happens() {
+    let mut rig = Rig::linux(GIB);
+    let (sender, receiver) = channel();
+    rig.driver.set_event_sink(Box::new(move |event| {
+        let _sent = sender.send(event);
+    }));
+    rig.resize(130 * MIB);
+    let start = 4 * GIB;
+    let unit = |id, state| Event::Unit { id, state };
+    assert_eq!(
+        receiver.try_iter().collect::<Vec<_>>(),
+        [
+            Event::Target {
+                requested_size: 130 * MIB
+            },
+            Event::Plugged(start..start + 128 * MIB),
+            unit(32, UnitState::Plugged),
+            unit(32, UnitState::Movable),
+            Event::Plugged(start + 128 * MIB..start + 130 * MIB),
+            unit(33, UnitState::Plugged),
+            unit(33, UnitState::MovablePartial),
+            Event::Settled {
+                plugged_size: 130 * MIB,
+                unreachable: None
+            },
+        ]
+    );
+    let page = rig.allocate(1, Mobility::Movable)[0];
+    rig.hotplug.pin(page).unwrap();
+    rig.device.request(0);
+    rig.run();
+    let events: Vec<_> = receiver.try_iter().collect();
+    assert!(events.contains(&Event::Unplugged(start + 128 * MIB..start + 130 * MIB)));
+    assert!(events.contains(&unit(33, UnitState::Unused)));
+    assert!(matches!(events.last(), Some(Event::Stalled { .. })));
+}
+
+#[test]
+fn notifier_only_hears_of_its_own_region() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(128 * MIB);
+    assert_eq!(
+        rig.driver
+            .online_block(&mut rig.hotplug, 32, OnlineType::Movable),
+        Err(Error::Invalid)
+    );
+    assert_eq!(
+        rig.driver
+            .online_block(&mut rig.hotplug, 99, OnlineType::Movable),
+        Err(Error::Invalid)
+    );
+}

@@ -1,0 +1,274 @@
+//! What the driver recovers from: lost answers, resets, sizes that do not match, an earlier life.
+
+use virtio_drivers::transport::DeviceStatus;
+use virtio_mem_driver::driver::{Failure, Policy, Progress, ResyncReason};
+use virtio_mem_driver::hotplug::{BlockState, Mobility};
+use virtio_mem_wire::{Answer, BlockRange, RequestKind};
+
+use crate::support::device::{Device, Misbehave};
+use crate::support::{GIB, LINUX, MIB, Rig};
+
+fn range(first: u64, count: u64) -> BlockRange {
+    BlockRange { first, count }
+}
+
+/// Changes what is plugged behind the driver's back.
+fn meddle(rig: &Rig, plug: &[BlockRange], unplug: &[BlockRange]) {
+    let mut state = rig.device.state();
+    plug.iter().for_each(|range| state.plugged.insert(*range));
+    unplug.iter().for_each(|range| state.plugged.remove(*range));
+    state.config.mutable.plugged_size = state.plugged.count() * state.config.geometry.block_size();
+    state.change_config();
+}
+
+fn needs_reset(rig: &Rig) {
+    let mut state = rig.device.state();
+    state.status |= DeviceStatus::DEVICE_NEEDS_RESET;
+    state.change_config();
+}
+
+#[test]
+fn h_07_size_that_does_not_match_is_resolved_by_asking_for_the_states() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(128 * MIB);
+    let pages = rig.allocate(1000, Mobility::Movable);
+    // The upper half is gone, nobody used it; a run that nobody asked for has appeared.
+    meddle(&rig, &[range(100, 8)], &[range(32, 32)]);
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.check();
+    assert_eq!(rig.driver.plugged_size(), 128 * MIB);
+    assert_eq!(rig.hotplug.counts().managed, 128 * MIB / 4096);
+    assert!(rig.driver.counters().requests(RequestKind::State) > 0);
+    rig.verify(&pages);
+}
+
+#[test]
+fn memory_in_use_that_the_device_has_lost_is_a_failure() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(128 * MIB);
+    let _pages = rig.allocate(600, Mobility::Movable);
+    meddle(&rig, &[], &[range(0, 64)]);
+    // The free rest of it is withdrawn.
+    let lost = Failure::MemoryLost {
+        address: 4 * GIB,
+        bytes: 4 * MIB,
+    };
+    assert_eq!(rig.run(), Progress::Failed(lost));
+    assert_eq!(rig.hotplug.counts().managed, 1024);
+}
+
+#[test]
+fn wrong_answer_is_forgiven_once() {
+    for wrong in [
+        Misbehave::Answer(Answer::Error),
+        Misbehave::Raw(vec![9, 0, 0, 0, 0, 0, 0, 0], 8),
+        Misbehave::Raw(vec![0; 10], 2),
+        Misbehave::WrongBuffer,
+    ] {
+        let mut rig = Rig::new(GIB);
+        rig.device.state().misbehave.push_back(wrong.clone());
+        rig.resize(64 * MIB);
+        // And again, after it was right for a while.
+        rig.device.state().misbehave.push_back(wrong.clone());
+        rig.resize(16 * MIB);
+        for _ in 0..20 {
+            rig.device.state().misbehave.push_back(wrong.clone());
+        }
+        rig.device.request(64 * MIB);
+        assert!(matches!(rig.run(), Progress::Failed(_)), "{wrong:?}");
+        rig.hotplug.check_invariants().unwrap();
+    }
+}
+
+#[test]
+fn v_09_reset_that_the_device_needs_is_done_and_what_was_in_flight_found_out() {
+    for done in [false, true] {
+        let mut rig = Rig::new(GIB);
+        rig.resize(256 * MIB);
+        let pages = rig.allocate(1000, Mobility::Movable);
+        for size in [512 * MIB, 128 * MIB] {
+            rig.device.state().hold = true;
+            rig.device.request(size);
+            while rig.run() != Progress::AwaitingDevice {}
+            match (done, size == 512 * MIB) {
+                (true, true) => meddle(&rig, &[range(128, 128)], &[]),
+                (true, false) => meddle(&rig, &[], &[range(64, 192)]),
+                (false, _) => {}
+            }
+            needs_reset(&rig);
+            rig.device.state().hold = false;
+            assert_eq!(rig.run(), Progress::Settled);
+            rig.check();
+            assert_eq!(rig.driver.plugged_size(), size);
+            assert_eq!(rig.hotplug.counts().managed, size / 4096);
+        }
+        rig.verify(&pages);
+    }
+}
+
+#[test]
+fn v_09_device_that_always_needs_a_reset_is_given_up() {
+    let mut rig = Rig::new(GIB);
+    rig.device.state().hold = true;
+    rig.device.request(64 * MIB);
+    for _ in 0..3 {
+        assert_eq!(rig.run(), Progress::AwaitingDevice);
+        needs_reset(&rig);
+    }
+    assert_eq!(rig.run(), Progress::AwaitingDevice);
+    needs_reset(&rig);
+    assert_eq!(rig.run(), Progress::Failed(Failure::NeedsReset));
+}
+
+#[test]
+fn h_03_answer_that_does_not_come_is_waited_for_30_seconds() {
+    let mut rig = Rig::new(GIB);
+    rig.device.state().hold = true;
+    rig.device.request(64 * MIB);
+    assert_eq!(rig.run(), Progress::AwaitingDevice);
+    let deadline = rig.driver.deadline_ms().unwrap();
+    assert_eq!(deadline, 30_000);
+    rig.now_ms = deadline - 1;
+    assert_eq!(rig.run(), Progress::AwaitingDevice);
+    rig.now_ms = deadline;
+    rig.device.state().hold = false;
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.check();
+    assert_eq!(rig.driver.plugged_size(), 64 * MIB);
+
+    let mut rig = Rig::linux(GIB);
+    rig.device.state().hold = true;
+    rig.device.request(64 * MIB);
+    assert_eq!(rig.run(), Progress::AwaitingDevice);
+    rig.now_ms = 30_000;
+    assert_eq!(rig.run(), Progress::Failed(Failure::AnswerTimeout));
+}
+
+#[test]
+fn h_08_memory_of_an_earlier_driver_is_taken_over_with_everything_in_it() {
+    for force_bbm in [false, true] {
+        let policy = Policy {
+            force_bbm,
+            ..Policy::default()
+        };
+        let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
+        rig.resize(640 * MIB);
+        let pages = rig.allocate(5000, Mobility::Movable);
+        rig.resize(384 * MIB);
+        rig.device.state().take_requests();
+        let mut rig = rig.probe_again(policy).unwrap();
+        assert_eq!(rig.run(), Progress::Settled);
+        rig.check();
+        assert_eq!(rig.driver.plugged_size(), 384 * MIB);
+        let requests = rig.device.state().take_requests();
+        assert!(
+            requests.iter().all(|request| request.0 == "state"),
+            "{requests:?}"
+        );
+        rig.verify(&pages);
+        rig.resize(128 * MIB);
+        rig.resize(GIB);
+        rig.verify(&pages);
+    }
+}
+
+#[test]
+fn earlier_driver_that_has_left_in_the_middle_of_a_campaign_leaves_nothing_behind() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(512 * MIB);
+    rig.device.request(128 * MIB);
+    // One memory block is withheld, the next not isolated.
+    rig.step();
+    rig.step();
+    while rig.hotplug.counts().managed == 512 * MIB / 4096 {
+        rig.step();
+    }
+    let mut rig = rig.probe_again(Policy::default()).unwrap();
+    rig.resize(512 * MIB);
+    assert_eq!(rig.hotplug.counts().managed, 512 * MIB / 4096);
+    rig.resize(0);
+    assert_eq!(rig.hotplug.blocks().count(), 0);
+}
+
+#[test]
+fn memory_plugged_in_another_life_is_used() {
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    {
+        let mut state = device.state();
+        state.plugged.insert(range(3, 9));
+        state.plugged.insert(range(200, 100));
+        state.config.mutable.plugged_size = 218 * MIB;
+        state.config.mutable.requested_size = 218 * MIB;
+    }
+    let mut rig = Rig::on(device, Policy::default());
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.check();
+    assert_eq!(rig.hotplug.counts().managed, 218 * MIB / 4096);
+    assert_eq!(rig.hotplug.block_state(32), Some(BlockState::Online));
+    rig.resize(0);
+}
+
+#[test]
+fn scan_of_one_run_takes_few_requests_and_is_reported() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(256 * MIB);
+    rig.device.state().take_requests();
+    let mut rig = rig.probe_again(Policy::default()).unwrap();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    rig.driver.set_event_sink(Box::new(move |event| {
+        let _sent = sender.send(event);
+    }));
+    rig.run();
+    // The region, and its halves down to the edge.
+    assert_eq!(rig.device.state().take_requests().len(), 5);
+    let events: Vec<_> = receiver.try_iter().collect();
+    use virtio_mem_driver::driver::Event;
+    assert!(events.contains(&Event::Resynced {
+        plugged_size: 256 * MIB
+    }));
+    assert!(!events.contains(&Event::Resync(ResyncReason::Answer)));
+}
+
+#[test]
+fn state_that_is_not_acknowledged_is_not_believed() {
+    for answer in [Answer::Error, Answer::Nack] {
+        let mut rig = Rig::new(GIB);
+        rig.resize(64 * MIB);
+        rig.device
+            .state()
+            .misbehave
+            .push_back(Misbehave::Answer(answer));
+        meddle(&rig, &[], &[range(31, 1)]);
+        assert!(matches!(
+            rig.run(),
+            Progress::Failed(Failure::Answer { request, .. }) if request.kind() == RequestKind::State
+        ));
+    }
+}
+
+#[test]
+fn d_47_device_that_is_busy_all_the_same_is_asked_again() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(64 * MIB);
+    let busy = Misbehave::Answer(Answer::Busy);
+    rig.device.state().misbehave.push_back(busy);
+    meddle(&rig, &[], &[range(31, 1)]);
+    let Progress::Stalled {
+        retry_at_ms: Some(at),
+        ..
+    } = rig.run()
+    else {
+        panic!("not asked again");
+    };
+    rig.now_ms = at;
+    assert_eq!(rig.run(), Progress::Settled);
+    rig.check();
+}
+
+#[test]
+fn linux_policy_says_why_it_stops() {
+    let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), LINUX);
+    rig.resize(64 * MIB);
+    needs_reset(&rig);
+    assert_eq!(rig.run(), Progress::Failed(Failure::NeedsReset));
+}
