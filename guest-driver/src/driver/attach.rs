@@ -53,6 +53,7 @@ impl Attachment {
         hotplug: &mut Hotplug<M>,
         layout: &Layout,
         policy: &Policy,
+        node: u32,
     ) -> Result<Self, ProbeError> {
         let (bytes, group) = added(hotplug, layout);
         if bytes > 0 && policy.strategy == Strategy::Linux {
@@ -75,7 +76,7 @@ impl Attachment {
         let unit_pages = layout.unit_size >> hotplug.profile().page_shift;
         let group = match group {
             Some(group) => Ok(group),
-            None => hotplug.register_dynamic_group(0, unit_pages),
+            None => hotplug.register_dynamic_group(node, unit_pages),
         };
         let group = group.map_err(|error| {
             let _claimed_above_or_empty = hotplug.release_resource(region, REGION_NAME);

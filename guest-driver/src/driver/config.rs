@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 use virtio_drivers::transport::Transport;
-use virtio_mem_wire::{Config, ConfigError, Field};
+use virtio_mem_wire::{Config, ConfigError, Features, Field};
 
 /// How often the configuration may change under the driver before it gives up for now.
 const ATTEMPTS: usize = 16;
@@ -21,22 +21,39 @@ pub enum ConfigReadError {
     Invalid(#[from] ConfigError),
 }
 
+/// Whether the device has changed what it must not (D-02).
+pub(super) fn moved(old: &Config, new: &Config) -> bool {
+    (old.geometry, old.node_id) != (new.geometry, new.node_id)
+}
+
 /// The configuration, from one generation (V-07).
-pub(super) fn read(transport: &impl Transport) -> Result<Config, ConfigReadError> {
+pub(super) fn read(
+    transport: &impl Transport,
+    features: Features,
+) -> Result<Config, ConfigReadError> {
     for _ in 0..ATTEMPTS {
         let before = transport.read_config_generation();
-        let bytes = read_fields(transport)?;
+        let bytes = read_fields(transport, features)?;
         if transport.read_config_generation() == before {
-            // G-02, G-03: padding is not even read; the node means nothing, its feature is never accepted.
+            // G-02: padding is not even read.
             return Ok(Config::parse(&bytes)?);
         }
     }
     Err(ConfigReadError::Unstable)
 }
 
-/// Each 64-bit field as two 32-bit registers (V-06, M-05), as they lie in memory.
-fn read_fields(transport: &impl Transport) -> Result<[u8; Config::LEN], virtio_drivers::Error> {
+/// Each 64-bit field as two 32-bit registers (V-06, M-05), as they lie in memory; the node only where it means
+/// something (G-03).
+fn read_fields(
+    transport: &impl Transport,
+    features: Features,
+) -> Result<[u8; Config::LEN], virtio_drivers::Error> {
     let mut bytes = [0; Config::LEN];
+    if features.contains(Features::ACPI_PXM) {
+        let offset = Field::NodeId.offset();
+        let register: u16 = transport.read_config_space(offset)?;
+        bytes[offset..offset + 2].copy_from_slice(&register.to_ne_bytes());
+    }
     for field in [
         Field::BlockSize,
         Field::Addr,

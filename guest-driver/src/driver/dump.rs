@@ -9,7 +9,7 @@ use virtio_drivers::transport::{DeviceType, Transport};
 use virtio_mem_wire::{BlockRange, BlockState, Config, Request, Response, Span};
 
 use super::ProbeError;
-use super::probe::{Ready, reset};
+use super::probe::{Ready, SUPPORTED, reset};
 use super::queue::RequestQueue;
 
 /// A read-only view of a memory device, for the kernel that writes a crash dump.
@@ -50,7 +50,7 @@ impl<H: Hal, T: Transport> DumpView<H, T> {
         if device_type != DeviceType::Memory {
             return Err(ProbeError::WrongDevice(device_type));
         }
-        let ready = Ready::new(&mut transport)?;
+        let ready = Ready::new(&mut transport, SUPPORTED)?;
         let config = ready.config;
         let (_, queue) = ready.start(&mut transport);
         Ok(Self {

@@ -19,8 +19,8 @@ use super::{
 };
 use crate::hotplug::{self, Hotplug, PhysicalMemory};
 
-/// The features this driver knows what to do with (V-02).
-const SUPPORTED: Features = Features::VERSION_1
+/// The features this driver always knows what to do with (V-02).
+pub(super) const SUPPORTED: Features = Features::VERSION_1
     .union(Features::UNPLUGGED_INACCESSIBLE)
     .union(Features::PERSISTENT_SUSPEND);
 
@@ -68,17 +68,20 @@ pub(super) struct Ready<H: Hal> {
 }
 
 impl<H: Hal> Ready<H> {
-    /// From reset to a configuration that makes sense.
+    /// From reset to a configuration that makes sense, with those of the `supported` features that the device has.
     ///
     /// # Errors
     ///
     /// See [`ProbeError`]. The device is told (status FAILED) and reset.
-    pub(super) fn new(transport: &mut impl Transport) -> Result<Self, ProbeError> {
+    pub(super) fn new(
+        transport: &mut impl Transport,
+        supported: Features,
+    ) -> Result<Self, ProbeError> {
         if !reset(transport) {
             return Err(ProbeError::ResetTimeout);
         }
         let mut status = Status::new(transport);
-        let features = match status.negotiate() {
+        let features = match status.negotiate(supported) {
             Ok(features) => features,
             Err(error) => return Err(status.fail(error)),
         };
@@ -87,7 +90,7 @@ impl<H: Hal> Ready<H> {
             Err(error) => return Err(status.fail(error.into())),
         };
         let bits = status.bits;
-        match config::read(transport) {
+        match config::read(transport, features) {
             Ok(config) => Ok(Self {
                 features,
                 queue,
@@ -143,10 +146,14 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         if device_type != DeviceType::Memory {
             return Err(ProbeError::WrongDevice(device_type));
         }
-        let ready = Ready::new(&mut transport)?;
+        // What a proximity domain is, only a machine with ACPI knows (G-03).
+        let mut supported = SUPPORTED;
+        supported.set(Features::ACPI_PXM, hotplug.has_proximity_domains());
+        let ready = Ready::new(&mut transport, supported)?;
         let config = ready.config;
+        let node = node(hotplug, &ready);
         let layout = Layout::new(config.geometry, hotplug.profile(), &policy);
-        let attachment = match Attachment::new(hotplug, &layout, &policy) {
+        let attachment = match Attachment::new(hotplug, &layout, &policy, node) {
             Ok(attachment) => attachment,
             Err(error) => return Err(ready.abandon(&mut transport, error)),
         };
@@ -196,6 +203,21 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     }
 }
 
+/// The node of the memory: the one the device names, else the one of its address (Linux:
+/// `virtio_mem_translate_node_id`, `memory_add_physaddr_to_nid`).
+fn node<M: PhysicalMemory, H: Hal>(hotplug: &Hotplug<M>, ready: &Ready<H>) -> u32 {
+    let Config {
+        node_id, geometry, ..
+    } = ready.config;
+    let named = ready.features.contains(Features::ACPI_PXM);
+    let node = named.then(|| hotplug.node_of_proximity_domain(node_id.into()));
+    if node == Some(None) {
+        log::warn!("virtio-mem: no node is known as proximity domain {node_id}");
+    }
+    let node = node.flatten();
+    node.unwrap_or_else(|| hotplug.node_of_added(geometry.addr()))
+}
+
 /// Resets the device; `false` if it does not get there in a bounded number of reads (V-05).
 pub(super) fn reset(transport: &mut impl Transport) -> bool {
     transport.set_status(DeviceStatus::empty());
@@ -234,12 +256,12 @@ impl<'a, T: Transport> Status<'a, T> {
     }
 
     /// V-01, V-02, V-03: from ACKNOWLEDGE to an accepted FEATURES_OK.
-    fn negotiate(&mut self) -> Result<Features, ProbeError> {
+    fn negotiate(&mut self, supported: Features) -> Result<Features, ProbeError> {
         self.add(DeviceStatus::ACKNOWLEDGE);
         self.add(DeviceStatus::DRIVER);
         let offered = Features::from_bits_truncate(self.transport.read_device_features());
         // G-04
-        let accepted = offered & SUPPORTED;
+        let accepted = offered & supported;
         if !accepted.contains(Features::VERSION_1) {
             return Err(ProbeError::NoVersion1);
         }

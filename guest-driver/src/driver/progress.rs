@@ -142,7 +142,7 @@ pub enum Failure {
     #[error(transparent)]
     Config(#[from] ConfigReadError),
     /// D-02
-    #[error("the device has changed its block size or its region")]
+    #[error("the device has changed its block size, its region, or its node")]
     RegionChanged,
     /// D-08
     #[error("the usable region has shrunk from {from:#x} to {to:#x} bytes")]

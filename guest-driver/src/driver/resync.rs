@@ -11,6 +11,7 @@ use virtio_mem_wire::{BlockMap, BlockRange, BlockState};
 
 use super::answers::Sent;
 use super::attach::owner;
+use super::config::moved;
 use super::events::Event;
 use super::layout::Layout;
 use super::maps::Maps;
@@ -151,9 +152,10 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             return Err(Failure::NeedsReset);
         }
         self.stop_queue();
-        let ready = Ready::<H>::new(&mut self.transport).map_err(Failure::Restart)?;
+        let ready =
+            Ready::<H>::new(&mut self.transport, self.features).map_err(Failure::Restart)?;
         let config = ready.config;
-        if config.geometry != self.config.geometry {
+        if moved(&self.config, &config) {
             // D-02. The queue is the driver's, so that it goes with it.
             self.queue = Some(ready.start(&mut self.transport).1);
             return Err(Failure::RegionChanged);

@@ -5,6 +5,7 @@ use virtio_drivers::transport::Transport;
 use virtio_mem_wire::{BlockRange, Config, RequestKind};
 
 use super::answers::Sent;
+use super::config::moved;
 use super::events::Event;
 use super::progress::{Failure, Progress, ResyncReason, Stall};
 use super::queue::RequestQueue;
@@ -191,7 +192,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     fn refresh<M: PhysicalMemory>(&mut self, hotplug: &mut Hotplug<M>) -> Result<(), Failure> {
         // The target may be another one: decide anew what is to be emptied.
         self.stop_emptying(hotplug);
-        let config = match config::read(&self.transport) {
+        let config = match config::read(&self.transport, self.features) {
             Ok(config) => config,
             Err(ConfigReadError::Unstable) => {
                 self.rest = Rest::None;
@@ -230,7 +231,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
 
     fn check(&self, config: &Config) -> Result<(), Failure> {
         // D-02
-        if config.geometry != self.config.geometry {
+        if moved(&self.config, config) {
             return Err(Failure::RegionChanged);
         }
         let (old, new) = (&self.config.mutable, &config.mutable);

@@ -43,6 +43,9 @@ pub struct Boot {
     /// Addresses where memory may be added later, and the node it is on then (ACPI: the hot-pluggable ranges of the
     /// SRAT), see [`Hotplug::target_node`].
     pub hot_pluggable: Vec<BootRange>,
+    /// What ACPI calls each node, in the order of the nodes; empty on a machine without such a table (Linux:
+    /// `node_to_pxm_map`), see [`Hotplug::node_of_proximity_domain`].
+    pub proximity_domains: Vec<u32>,
     /// Where Movable begins on a node: the node and the address, a whole pageblock's (Linux: `kernelcore`,
     /// `movablecore`, `movable_node`). On other nodes there is no Movable at boot.
     pub movable_from: Vec<(u32, u64)>,
@@ -84,6 +87,12 @@ impl<M: PhysicalMemory> Hotplug<M> {
         for range in &boot.hot_pluggable {
             hotplug.possible(range.nid)?;
         }
+        if boot.proximity_domains.len() > config.possible_nodes as usize {
+            return Err(Error::Invalid);
+        }
+        hotplug
+            .proximity_domains
+            .clone_from(&boot.proximity_domains);
         for nid in &boot.cpu_nodes {
             hotplug.possible(*nid)?;
             hotplug.nodes.get_mut(*nid).has_cpus = true;

@@ -182,6 +182,8 @@ pub struct Hotplug<M> {
     boot_ram: Vec<BootRange>,
     /// Other addresses whose node firmware named at boot.
     reserved_ranges: Vec<BootRange>,
+    /// ACPI's name of each node.
+    proximity_domains: Vec<u32>,
     groups: Groups,
     device_ranges: device_memory::DeviceRanges,
     handles: Handles,
@@ -230,6 +232,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
             nodes: Nodes::default(),
             boot_ram: Vec::new(),
             reserved_ranges: Vec::new(),
+            proximity_domains: Vec::new(),
             groups: Groups::default(),
             device_ranges: device_memory::DeviceRanges::default(),
             handles: Handles::default(),

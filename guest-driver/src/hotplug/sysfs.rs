@@ -142,17 +142,17 @@ impl<M: PhysicalMemory> Hotplug<M> {
         if !address.is_multiple_of(size) {
             return Err(Error::Invalid);
         }
-        let nid = self.node_of_probed(address);
+        let nid = self.node_of_added(address);
         self.add_memory(&AddMemory {
             target: Target::Node(nid),
             ..AddMemory::new(address, size)
         })
     }
 
-    /// The node that memory added by hand at an address goes to: that of the RAM at boot around it, which takes the
+    /// The node that memory added at an address goes to, unless something else names one: that of the RAM at boot around it, which takes the
     /// holes in one node's RAM in; else that of the first RAM firmware named, whatever else it said (Linux:
     /// `memory_add_physaddr_to_nid`).
-    fn node_of_probed(&self, address: u64) -> u32 {
+    pub fn node_of_added(&self, address: u64) -> u32 {
         let ram = self.boot_ram.iter();
         let below = ram.clone().filter(|range| range.bytes.start <= address);
         let above = ram.filter(|range| address < range.bytes.start);
@@ -172,6 +172,20 @@ impl<M: PhysicalMemory> Hotplug<M> {
         let mut named = self.boot_ram.iter().chain(&self.reserved_ranges);
         let range = named.find(|range| range.bytes.contains(&address));
         range.map(|range| range.nid)
+    }
+
+    /// The node that ACPI calls by this number (Linux: `pxm_to_node`).
+    pub fn node_of_proximity_domain(&self, domain: u32) -> Option<u32> {
+        let index = self
+            .proximity_domains
+            .iter()
+            .position(|known| *known == domain)?;
+        u32::try_from(index).ok()
+    }
+
+    /// Whether the machine has proximity domains.
+    pub fn has_proximity_domains(&self) -> bool {
+        !self.proximity_domains.is_empty()
     }
 
     /// Splits `memory37/state`. Ids are written as Linux does, without sign or leading zeros.

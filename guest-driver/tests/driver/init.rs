@@ -1,10 +1,14 @@
 //! Initialisation: the order of steps, and everything that ends it.
 
+use std::sync::Arc;
+
 use virtio_drivers::transport::{DeviceStatus, DeviceType};
-use virtio_mem_driver::driver::{ConfigReadError, ProbeError, Progress};
+use virtio_mem_driver::driver::{ConfigReadError, Failure, Policy, ProbeError, Progress};
+use virtio_mem_driver::hotplug::{Boot, BootRange, Config, Hotplug, Profile};
 use virtio_mem_wire::{Answer, BlockRange, ConfigError, Features, Field};
 
 use crate::support::device::{Device, Event, Misbehave};
+use crate::support::memory::PluggedMemory;
 use crate::support::{GIB, LINUX, MIB, Rig, dma, probe};
 
 const ACCEPTED: u64 = (1 << 32) | (1 << 1);
@@ -231,5 +235,56 @@ fn v_11_memory_of_the_queue_is_freed_after_a_reset_and_kept_without_one() {
         device.state().reset_reads = reset_reads;
         drop(driver);
         assert_eq!(dma::is_allocated(queue), !freed);
+    }
+}
+
+/// G-03: the node is read only where the device and the machine know what a proximity domain is; else memory goes to
+/// the node of its address (Linux: `virtio_mem_translate_node_id`).
+#[test]
+fn g_03_node_is_the_proximity_domains_or_the_addresses() {
+    let boot = |proximity_domains: &[u32]| Boot {
+        ram: vec![
+            BootRange {
+                bytes: 0..GIB,
+                nid: 1,
+            },
+            BootRange {
+                bytes: GIB..2 * GIB,
+                nid: 0,
+            },
+        ],
+        proximity_domains: proximity_domains.to_vec(),
+        ..Boot::default()
+    };
+    // Offered, what the machine calls its nodes, the device's node, and where the memory goes.
+    for (offered, domains, node_id, nid) in [
+        (true, &[7, 5, 9][..], 9, 2),
+        (true, &[7, 5, 9], 7, 0),
+        (true, &[7, 5, 9], 0xabcd, 1),
+        (true, &[], 2, 1),
+        (false, &[7, 5, 9], 9, 1),
+    ] {
+        let device = device();
+        device.state().offered |= u64::from(offered);
+        device.state().config.node_id = node_id;
+        let mut config = Config::new(Profile::X86_64);
+        config.possible_nodes = 3;
+        let memory = PluggedMemory(Arc::clone(&device));
+        let hotplug = Hotplug::boot(config, &boot(domains), memory).unwrap();
+        let mut rig = Rig::again(device, hotplug, Policy::default(), 0).unwrap();
+        rig.device.request(128 * MIB);
+        assert_eq!(rig.run(), Progress::Settled);
+        let block = rig.hotplug.block(32).unwrap();
+        assert_eq!(block.nid, nid, "{offered} {domains:?} {node_id}");
+        let accepted = rig.driver.features().contains(Features::ACPI_PXM);
+        assert_eq!(accepted, offered && !domains.is_empty());
+        // D-02 holds for the node as for the region, where it means something.
+        rig.device.state().config.node_id ^= 1;
+        rig.device.request(256 * MIB);
+        let expected = match accepted {
+            true => Progress::Failed(Failure::RegionChanged),
+            false => Progress::Settled,
+        };
+        assert_eq!(rig.run(), expected);
     }
 }
