@@ -4,7 +4,7 @@ use alloc::boxed::Box;
 use core::fmt;
 use core::ops::Range;
 
-use super::progress::{Failure, ResyncReason, Stall, Unreachable};
+use super::progress::{Failure, Progress, ResyncReason, Stall, Unreachable};
 use super::state::UnitState;
 
 /// Something has happened. Addresses are physical, sizes are bytes, times are on the clock of the caller.
@@ -51,6 +51,39 @@ pub enum Event {
     },
     /// The device is not used any more.
     Failed(Failure),
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Target { requested_size } => write!(f, "target {requested_size:#x}"),
+            Self::Plugged(range) => write!(f, "plugged {range:#x?}"),
+            Self::Unplugged(range) => write!(f, "unplugged {range:#x?}"),
+            Self::UnpluggedAll => f.write_str("unplugged everything"),
+            Self::Unit { id, state } => write!(f, "unit {id} is {state:?}"),
+            Self::Stalled {
+                reason,
+                retry_at_ms,
+            } => Progress::Stalled {
+                reason: *reason,
+                retry_at_ms: *retry_at_ms,
+            }
+            .fmt(f),
+            Self::Settled {
+                plugged_size,
+                unreachable,
+            } => {
+                write!(f, "settled, {plugged_size:#x} bytes are plugged")?;
+                match unreachable {
+                    Some(unreachable) => write!(f, "; {unreachable}"),
+                    None => Ok(()),
+                }
+            }
+            Self::Resync(reason) => write!(f, "asking what is plugged: {reason}"),
+            Self::Resynced { plugged_size } => write!(f, "{plugged_size:#x} bytes are plugged"),
+            Self::Failed(failure) => Progress::Failed(*failure).fmt(f),
+        }
+    }
 }
 
 /// Who takes the events. Without one they are dropped.

@@ -164,8 +164,11 @@ impl Layout {
         bytes: Range<u64>,
     ) -> impl Iterator<Item = (u64, Range<u64>)> + use<> {
         let size = self.memory_block_size;
-        let ids = bytes.start / size..bytes.end.div_ceil(size);
-        ids.map(move |id| {
+        let end = match bytes.is_empty() {
+            true => 0,
+            false => bytes.end.div_ceil(size),
+        };
+        (bytes.start / size..end).map(move |id| {
             let part = bytes.start.max(id * size)..bytes.end.min((id + 1) * size);
             (id, part)
         })
@@ -236,6 +239,17 @@ mod tests {
         assert_eq!(layout.granule_blocks, 65536);
         assert_eq!(layout.request_blocks, 65535);
         assert!(layout.splits_granules());
+    }
+
+    #[test]
+    fn no_bytes_lie_in_no_memory_block() {
+        let layout = layout(0, GIB, 2 * MIB);
+        let parts = |bytes| layout.by_memory_block(bytes).collect::<Vec<_>>();
+        assert_eq!(parts(130 * MIB..130 * MIB), []);
+        assert_eq!(
+            parts(130 * MIB..258 * MIB),
+            [(1, 130 * MIB..256 * MIB), (2, 256 * MIB..258 * MIB)]
+        );
     }
 
     #[test]

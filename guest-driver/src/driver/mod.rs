@@ -145,6 +145,8 @@ pub struct MemDriver<H: Hal, T: Transport> {
     /// Linux: memory was removed, which is a reason not to wait.
     removed_in_run: bool,
     rest: Rest,
+    /// The reason to wait that the log has had last.
+    said: Option<Stall>,
     /// What had gone online and offline when that was looked at last.
     seen: Seen,
     retry_delay_ms: u64,

@@ -191,6 +191,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             pending_stall: None,
             removed_in_run: false,
             rest: Rest::None,
+            said: None,
             retry_delay_ms: rest::delays(policy.strategy).0,
             now_ms: 0,
             phase: Phase::Running,

@@ -1,5 +1,7 @@
 //! How far the driver has got, and why no further.
 
+use core::fmt;
+
 use thiserror::Error;
 use virtio_mem_wire::{Answer, Request, ResponseError};
 
@@ -29,6 +31,26 @@ pub enum Progress {
     Suspended,
     /// The device is not used any more.
     Failed(Failure),
+}
+
+impl fmt::Display for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Converging => f.write_str("converging"),
+            Self::AwaitingDevice => f.write_str("waiting for the device"),
+            Self::Settled => f.write_str("settled"),
+            Self::Stalled {
+                reason,
+                retry_at_ms: Some(at),
+            } => write!(f, "stalled until {at} ms: {reason}"),
+            Self::Stalled {
+                reason,
+                retry_at_ms: None,
+            } => write!(f, "stalled: {reason}"),
+            Self::Suspended => f.write_str("suspended"),
+            Self::Failed(failure) => write!(f, "failed: {failure}"),
+        }
+    }
 }
 
 /// What keeps the driver from its target for now.
@@ -70,6 +92,16 @@ pub struct Unreachable {
     pub bytes: u64,
     /// Why they are out of reach.
     pub reason: UnreachableReason,
+}
+
+impl fmt::Display for Unreachable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:#x} bytes are out of reach: {}",
+            self.bytes, self.reason
+        )
+    }
 }
 
 /// Why part of the target is out of reach.

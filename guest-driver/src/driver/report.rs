@@ -38,7 +38,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
 
     /// Emits what has changed since the last poll.
     pub(super) fn report<M: PhysicalMemory>(&mut self, hotplug: &Hotplug<M>, progress: Progress) {
-        if self.events.0.is_none() {
+        // What is plugged is not known before a scan has come to its end.
+        if self.events.0.is_none() || self.scan.is_some() {
             return;
         }
         let last = self.reported.progress.replace(progress);

@@ -55,7 +55,13 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             _ => true,
         };
         let retry_at_ms = timed.then(|| self.now_ms.saturating_add(self.retry_delay_ms));
-        log::info!("virtio-mem: {reason}");
+        // Said once, however often it is tried again.
+        let level = match self.said == Some(reason) {
+            true => log::Level::Debug,
+            false => log::Level::Info,
+        };
+        log::log!(level, "virtio-mem: {reason}");
+        self.said = Some(reason);
         self.rest = Rest::Waiting(Waiting {
             reason,
             retry_at_ms,
@@ -69,6 +75,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             return;
         }
         self.removed_in_run = false;
+        self.said = None;
         self.retry_delay_ms = delays(self.policy.strategy).0;
         self.resyncs = 0;
         self.rest = Rest::Settled;
