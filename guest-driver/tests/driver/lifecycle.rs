@@ -41,6 +41,21 @@ fn g_16_nothing_deeper_than_idle_while_memory_is_plugged() {
     rig.resize(2 * MIB);
 }
 
+/// Regression: a size that was read before the last blocks were unplugged was taken for what is plugged.
+#[test]
+fn machine_may_sleep_once_the_last_block_is_unplugged() {
+    for policy in [LINUX, Policy::default()] {
+        let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
+        rig.resize(256 * MIB);
+        rig.device.state().change_config();
+        rig.run();
+        rig.resize(0);
+        rig.driver.suspend(&mut rig.hotplug, Suspend::Ram).unwrap();
+        rig.driver.resume().unwrap();
+        rig.resize(2 * MIB);
+    }
+}
+
 #[test]
 fn memory_that_stays_plugged_can_sleep() {
     let device = Device::new(4 * GIB, GIB, 2 * MIB);
