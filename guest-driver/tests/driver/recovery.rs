@@ -1,6 +1,5 @@
 //! What the driver recovers from: lost answers, resets, sizes that do not match, an earlier life.
 
-use virtio_drivers::transport::DeviceStatus;
 use virtio_mem_driver::driver::{Failure, Policy, Progress, ResyncReason};
 use virtio_mem_driver::hotplug::{BlockState, Mobility};
 use virtio_mem_wire::{Answer, BlockRange, RequestKind};
@@ -22,9 +21,7 @@ fn meddle(rig: &Rig, plug: &[BlockRange], unplug: &[BlockRange]) {
 }
 
 fn needs_reset(rig: &Rig) {
-    let mut state = rig.device.state();
-    state.status |= DeviceStatus::DEVICE_NEEDS_RESET;
-    state.change_config();
+    rig.device.state().need_reset();
 }
 
 #[test]
