@@ -2,6 +2,7 @@
 
 use core::hint::spin_loop;
 
+use alloc::vec::Vec;
 use thiserror::Error;
 use virtio_drivers::Hal;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, Transport};
@@ -27,6 +28,9 @@ const SUPPORTED: Features = Features::VERSION_1
 /// How often the status is read before a reset counts as failed. A read takes a device 0.1 to 100 µs.
 const RESET_READS: usize = 100_000;
 
+/// Maps of the region's blocks that exist at a time, those that steps make for themselves included.
+const MAPS: usize = 12;
+
 /// Why a device cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum ProbeError {
@@ -48,6 +52,12 @@ pub enum ProbeError {
     /// The configuration cannot be read or makes no sense.
     #[error(transparent)]
     Config(#[from] ConfigReadError),
+    /// There is no memory to keep track of so many blocks: the device has a very large region, or very small blocks.
+    #[error("no memory to keep track of {blocks} blocks")]
+    NoMemory {
+        /// Blocks of the region.
+        blocks: u64,
+    },
     /// The region, or a memory group for it, cannot be had.
     #[error("region: {0}")]
     Region(hotplug::Error),
@@ -145,6 +155,11 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         }
         let ready = Ready::new(&mut transport)?;
         let config = ready.config;
+        let block_count = config.geometry.block_count();
+        if !maps_fit(block_count) {
+            let blocks = block_count;
+            return Err(ready.abandon(&mut transport, ProbeError::NoMemory { blocks }));
+        }
         let layout = Layout::new(config.geometry, hotplug.profile(), &policy);
         let attachment = match Attachment::new(hotplug, &layout, &policy) {
             Ok(attachment) => attachment,
@@ -155,7 +170,6 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         let adopt = policy.strategy == Strategy::Direct && (plugged || attachment.adopted);
         let usable_size = config.mutable.usable_region_size;
         let scan = adopt.then(|| Scan::new(&layout, usable_size));
-        let block_count = config.geometry.block_count();
         Ok(Self {
             transport,
             queue: Some(queue),
@@ -194,6 +208,15 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             reported: super::report::Reported::default(),
         })
     }
+}
+
+/// Whether the heap has room for the maps of a region: how large they are is the device's choice, and a map that cannot
+/// be allocated ends the kernel.
+fn maps_fit(block_count: u64) -> bool {
+    let words = usize::try_from(block_count.div_ceil(u64::BITS.into())).unwrap_or(usize::MAX);
+    let mut maps = [const { Vec::<u64>::new() }; MAPS];
+    maps.iter_mut()
+        .all(|map| map.try_reserve_exact(words).is_ok())
 }
 
 /// Resets the device; `false` if it does not get there in a bounded number of reads (V-05).
