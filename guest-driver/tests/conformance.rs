@@ -24,8 +24,12 @@
     reason = "helpers of tests fail like tests"
 )]
 
+#[path = "conformance/answers.rs"]
+mod answers;
 #[path = "conformance/config.rs"]
 mod config;
+#[path = "conformance/init.rs"]
+mod init;
 #[path = "conformance/setup.rs"]
 mod setup;
 #[path = "driver/support/mod.rs"]

@@ -1,20 +1,26 @@
 //! The layout of the configuration space: G-01 … G-03, and configurations no device may show.
 
+use std::sync::Arc;
+
 use virtio_drivers::transport::DeviceStatus;
-use virtio_mem_driver::driver::{ConfigReadError, Failure, ProbeError, Stall, Strategy, Suspend};
+use virtio_mem_driver::driver::{
+    ConfigReadError, Failure, MemDriver, ProbeError, Progress, Stall, Strategy, Suspend,
+};
+use virtio_mem_driver::hotplug::{Hotplug, Mobility, Profile};
 use virtio_mem_wire::{ConfigError, Features, Field, GeometryError};
 
-use crate::setup::{SETUPS, Setup, UNIT, run, works};
-use crate::support::device::{Device, Event};
-use crate::support::{GIB, MIB, Rig, probe};
+use crate::setup::{Run, SETUPS, Setup, UNIT, WAITS, run, works};
+use crate::support::device::{Device, Event, FakeTransport};
+use crate::support::memory::PluggedMemory;
+use crate::support::{Driver, GIB, MIB, Rig, probe};
 
 /// A whole life, and the requests it took.
 fn life(setup: Setup, prepare: impl FnOnce(&Device)) -> Vec<(String, u64, u64)> {
     let mut rig = setup.prepared(prepare);
-    works(&mut rig);
+    works(&mut rig, &[]);
     rig.driver.suspend(&mut rig.hotplug, Suspend::Ram).unwrap();
     rig.driver.resume().unwrap();
-    works(&mut rig);
+    works(&mut rig, &[]);
     let Rig {
         device,
         driver,
@@ -199,7 +205,7 @@ fn d_04_to_d_07_impossible_configuration_at_run_time_ends_the_driver() {
     for setup in SETUPS {
         for (fields, error) in impossible() {
             let mut rig = setup.with_plugged(UNIT);
-            let tags = rig.allocate(100, virtio_mem_driver::hotplug::Mobility::Movable);
+            let tags = rig.allocate(100, Mobility::Movable);
             forge(&rig.device, &fields);
             rig.device.state().change_config();
             assert_eq!(
@@ -208,5 +214,184 @@ fn d_04_to_d_07_impossible_configuration_at_run_time_ends_the_driver() {
             );
             rig.verify(&tags);
         }
+    }
+}
+
+#[test]
+fn d_02_fixed_field_that_changes_ends_the_driver() {
+    let changes = [
+        (Field::BlockSize, 4 * MIB),
+        (Field::Addr, 8 * GIB),
+        (Field::RegionSize, 2 * GIB),
+    ];
+    for setup in SETUPS {
+        for change in changes {
+            let mut rig = setup.with_plugged(UNIT);
+            forge(&rig.device, &[change]);
+            rig.device.state().change_config();
+            assert_eq!(run(&mut rig).failure(&mut rig), Failure::RegionChanged);
+        }
+    }
+}
+
+#[test]
+fn d_07_region_without_blocks_or_without_usable_ones_is_legal() {
+    for setup in SETUPS {
+        for (region_size, usable) in [(0, 0), (GIB, 0), (GIB, UNIT - 2 * MIB), (2 * MIB, 2 * MIB)] {
+            let device = Device::new(4 * GIB, region_size, 2 * MIB);
+            device.state().config.mutable.usable_region_size = usable;
+            device.state().config.mutable.requested_size = usable;
+            let mut rig = Rig::on(device, setup.policy());
+            let last = run(&mut rig);
+            match setup.strategy {
+                // Nowhere to plug what is asked for.
+                Strategy::Linux if usable >= rig.driver.granule_size() => {
+                    assert!(matches!(
+                        last.last,
+                        Progress::Stalled {
+                            reason: Stall::NoSpace,
+                            retry_at_ms: None
+                        }
+                    ));
+                }
+                _ => last.settled(&rig),
+            }
+            assert_eq!(rig.device.state().requests, []);
+        }
+    }
+}
+
+/// Only memory of whole pageblocks is plugged, however small the device's blocks are.
+#[test]
+fn d_05_blocks_smaller_than_a_page_are_legal() {
+    for setup in SETUPS {
+        for block_size in [1024, 2048] {
+            let device = Device::new(4 * GIB, 2 * UNIT, block_size);
+            let mut rig = Rig::on(device, setup.policy());
+            for size in [2 * UNIT, UNIT, 0] {
+                rig.device.request(size);
+                run(&mut rig).settled(&rig);
+                assert_eq!(rig.driver.plugged_size(), size);
+                assert_eq!(rig.hotplug.counts().managed, size / 4096);
+            }
+        }
+    }
+}
+
+/// Region sizes and addresses that are legal, and that no machine has.
+#[test]
+fn region_beyond_all_memory_is_refused_or_left_alone() {
+    let everything = [
+        (Field::Addr, 0),
+        (Field::RegionSize, 1 << 63),
+        (Field::UsableRegionSize, 1 << 63),
+    ];
+    for setup in SETUPS {
+        for block_size in [1, 4096, 2 * MIB] {
+            let device = Device::new(4 * GIB, GIB, 2 * MIB);
+            let block_size = [(Field::BlockSize, block_size)];
+            forge(&device, &[&everything[..], &block_size].concat());
+            let error = try_probe(setup, &device).unwrap_err();
+            assert!(matches!(error, ProbeError::NoMemory { .. }), "{error}");
+        }
+        let device = Device::new(4 * GIB, GIB, 2 * MIB);
+        forge(&device, &[(Field::Addr, 1 << 62)]);
+        device.state().config.mutable.requested_size = GIB;
+        let mut rig = Rig::on(device, setup.policy());
+        let last = run(&mut rig).last;
+        assert!(matches!(last, Progress::Settled | Progress::Stalled { .. }));
+        assert_eq!(rig.device.state().requests, []);
+    }
+}
+
+fn try_probe(setup: Setup, device: &Arc<Device>) -> Result<Driver, ProbeError> {
+    let memory = PluggedMemory(Arc::clone(device));
+    let mut hotplug = Hotplug::new(Profile::X86_64, memory).unwrap();
+    let transport = FakeTransport(Arc::clone(device));
+    MemDriver::probe(transport, &mut hotplug, setup.policy())
+}
+
+/// The registers of the 64-bit fields, in the order in which the driver may read them.
+const REGISTERS: usize = 12;
+
+/// Changes the sizes before the `index`th register is read; once.
+fn tear(device: &Device, index: usize) {
+    let mut reads = 0;
+    device.state().on_config_read = Some(Box::new(move |state, _| {
+        if reads == index {
+            // Half of the old and half of the new value are a legal size, too: 8 GiB - 2 MiB.
+            state.config.mutable.requested_size = 4 * GIB;
+            state.generation += 1;
+        }
+        reads += 1;
+    }));
+}
+
+#[test]
+fn v_06_v_07_sizes_that_change_between_any_two_registers_are_read_again() {
+    for index in 0..REGISTERS {
+        let device = Device::new(4 * GIB, 8 * GIB, 2 * MIB);
+        device.state().config.mutable.requested_size = 4 * GIB - 2 * MIB;
+        tear(&device, index);
+        let driver = probe(&device).unwrap();
+        assert_eq!(driver.config().mutable.requested_size, 4 * GIB, "{index}");
+    }
+    for setup in SETUPS {
+        for index in 0..REGISTERS {
+            let mut rig = Rig::on(Device::new(4 * GIB, 8 * GIB, 2 * MIB), setup.policy());
+            rig.run();
+            rig.device.state().hold = true;
+            rig.device.request(4 * GIB - 2 * MIB);
+            tear(&rig.device, index);
+            rig.run();
+            let requested_size = rig.driver.config().mutable.requested_size;
+            assert_eq!(requested_size, 4 * GIB, "{index}");
+        }
+    }
+}
+
+#[test]
+fn v_07_configuration_that_never_rests_is_tried_again_later_and_nothing_is_sent() {
+    for setup in SETUPS {
+        let mut rig = setup.with_plugged(UNIT);
+        rig.device.state().on_config_read = Some(Box::new(|state, _| state.generation += 1));
+        rig.device.request(2 * UNIT);
+        let Run { stalls, last } = run(&mut rig);
+        assert!(
+            stalls.iter().all(|stall| *stall == Stall::ConfigUnstable),
+            "{last:?}"
+        );
+        assert_eq!(stalls.len(), WAITS);
+        assert_eq!(rig.device.state().requests, []);
+        rig.device.state().on_config_read = None;
+        run(&mut rig).settled(&rig);
+        assert_eq!(rig.driver.plugged_size(), 2 * UNIT);
+    }
+}
+
+/// Values that change without a new generation: whatever is read is followed.
+#[test]
+fn target_that_is_another_at_each_read_is_followed_in_a_bounded_number_of_steps() {
+    for setup in SETUPS {
+        let mut rig = setup.rig();
+        let mut flip = false;
+        rig.device.state().on_config_read = Some(Box::new(move |state, offset| {
+            if offset == Field::RequestedSize.offset() {
+                flip = !flip;
+                state.config.mutable.requested_size = if flip { 3 * UNIT } else { UNIT };
+            }
+        }));
+        for _ in 0..4 {
+            rig.device.state().change_config();
+            let last = run(&mut rig);
+            assert!(matches!(
+                last.last,
+                Progress::Settled | Progress::Stalled { .. }
+            ));
+            rig.check();
+        }
+        rig.device.state().on_config_read = None;
+        rig.device.request(0);
+        run(&mut rig).settled(&rig);
     }
 }

@@ -2,12 +2,13 @@
 
 use virtio_drivers::transport::DeviceStatus;
 use virtio_mem_driver::driver::{Failure, Mode, Policy, Progress, Stall, Strategy};
+use virtio_mem_driver::hotplug::PageHandle;
 
 use crate::support::device::Device;
 use crate::support::{GIB, LINUX, MIB, Rig};
 
 /// Timed waits that are sat out before a run counts as stalled.
-const WAITS: usize = 12;
+pub(crate) const WAITS: usize = 12;
 
 /// Far more steps than any run of these tests takes; fewer than a driver that loops.
 const POLLS: u64 = 5000;
@@ -131,14 +132,18 @@ pub(crate) fn run(rig: &mut Rig) -> Run {
     Run { stalls, last }
 }
 
-/// Grows and shrinks with pages in use, and shrinks to nothing: the driver is in order.
+/// Grows and shrinks with `pages` in use, then to nothing: the driver is in order.
 #[track_caller]
-pub(crate) fn works(rig: &mut Rig) {
+pub(crate) fn works(rig: &mut Rig, pages: &[PageHandle]) {
     for size in [3 * UNIT, UNIT, 2 * UNIT] {
         rig.device.request(size);
         run(rig).settled(rig);
         assert_eq!(rig.driver.plugged_size(), size);
         assert_eq!(rig.hotplug.counts().managed, size / 4096);
+    }
+    rig.verify(pages);
+    for page in pages {
+        rig.hotplug.free(*page).unwrap();
     }
     rig.device.request(0);
     run(rig).settled(rig);
