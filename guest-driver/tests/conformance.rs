@@ -30,8 +30,26 @@ mod answers;
 mod config;
 #[path = "conformance/init.rs"]
 mod init;
+#[path = "conformance/operation.rs"]
+mod operation;
 #[path = "conformance/setup.rs"]
 mod setup;
 #[path = "driver/support/mod.rs"]
 #[expect(dead_code, reason = "the target `driver` uses the rest")]
 mod support;
+
+/// The table above, checked: each rule has a test of its name.
+#[test]
+fn every_rule_has_a_test() {
+    let sources = [
+        include_str!("conformance/config.rs"),
+        include_str!("conformance/init.rs"),
+        include_str!("conformance/operation.rs"),
+        include_str!("conformance/answers.rs"),
+    ]
+    .concat();
+    for rule in 1..=21 {
+        let test = format!("#[test]\nfn g_{rule:02}_");
+        assert!(sources.contains(&test), "G-{rule:02} has no test");
+    }
+}

@@ -59,6 +59,8 @@ pub(crate) struct State {
     pub(crate) generation: u32,
     /// Each byte that the driver must ignore, in configuration and answers.
     pub(crate) junk: u8,
+    /// What blocks hold that the driver has no business with, and those it has just plugged.
+    pub(crate) scribble_with: u8,
     pub(crate) plugged: BlockMap,
     pub(crate) status: DeviceStatus,
     /// Status reads after a reset that still show the old status.
@@ -112,6 +114,7 @@ impl Device {
             forged: Vec::new(),
             generation: 7,
             junk: 0xff,
+            scribble_with: 0xdb,
             plugged: BlockMap::new(geometry.block_count()),
             status: DeviceStatus::empty(),
             reset_reads: 0,
@@ -164,8 +167,22 @@ impl Device {
             count: geometry.block_count(),
         };
         for range in state.plugged.runs_in(all, false) {
-            self.region.scribble(range, geometry.block_size());
+            let with = state.scribble_with;
+            self.region.scribble(range, geometry.block_size(), with);
         }
+    }
+
+    /// Whether they are as [`scribble`](Self::scribble) leaves them.
+    pub(crate) fn is_scribbled(&self) -> bool {
+        let state = self.state();
+        let geometry = state.config.geometry;
+        let all = BlockRange {
+            first: 0,
+            count: geometry.block_count(),
+        };
+        let (size, with) = (geometry.block_size(), state.scribble_with);
+        let mut unplugged = state.plugged.runs_in(all, false);
+        unplugged.all(|range| self.region.is_scribbled(range, size, with))
     }
 
     /// The requests in the queue, the oldest first.
@@ -198,6 +215,7 @@ impl Device {
             next,
             request,
             answer_address,
+            ..
         } = chain;
         let (whole, id) = (Response::LEN as u32, u32::from(head));
         let (bytes, len, id) = match state.misbehave.pop_front() {
@@ -240,6 +258,7 @@ struct Chain {
     head: u16,
     next: u16,
     request: Request,
+    request_address: PhysAddr,
     answer_address: PhysAddr,
 }
 
@@ -251,6 +270,18 @@ impl State {
     /// Where the driver has put its descriptors.
     pub(crate) fn queue_address(&self) -> Option<PhysAddr> {
         self.queue.map(|[descriptors, ..]| descriptors)
+    }
+
+    /// Everything the driver has pointed the device to: the rings, and request and answer of what is in the queue.
+    pub(crate) fn dma_addresses(&self) -> Vec<PhysAddr> {
+        let Some(rings) = self.queue else {
+            return Vec::new();
+        };
+        let [_, avail, _] = rings;
+        let count = u16_at(avail + 2).wrapping_sub(self.next_avail);
+        let chains = (0..count).filter_map(|i| self.chain(self.next_avail.wrapping_add(i)));
+        let buffers = chains.flat_map(|chain| [chain.request_address, chain.answer_address]);
+        rings.into_iter().chain(buffers).collect()
     }
 
     /// A new configuration, with the interrupt that announces it.
@@ -286,6 +317,7 @@ impl State {
             head,
             next,
             request: Request::parse(&dma::read(request_address)).unwrap(),
+            request_address,
             answer_address,
         })
     }
@@ -353,6 +385,9 @@ impl State {
         let geometry = self.config.geometry;
         let mutable = &mut self.config.mutable;
         let Some(span) = request.span() else {
+            for range in self.plugged.runs() {
+                region.scribble(range, geometry.block_size(), self.scribble_with);
+            }
             self.plugged.clear();
             mutable.plugged_size = 0;
             return Response::Ack;
@@ -379,7 +414,7 @@ impl State {
             }
             _ => return Response::Error,
         }
-        region.scribble(range, geometry.block_size());
+        region.scribble(range, geometry.block_size(), self.scribble_with);
         Response::Ack
     }
 }
