@@ -28,6 +28,10 @@
 mod answers;
 #[path = "conformance/config.rs"]
 mod config;
+#[path = "conformance/dump.rs"]
+mod dump;
+#[path = "conformance/hostile.rs"]
+mod hostile;
 #[path = "conformance/init.rs"]
 mod init;
 #[path = "conformance/operation.rs"]

@@ -87,7 +87,7 @@ impl Scene {
 }
 
 /// An answer of a type, all bytes there, the state as given.
-fn answer(answer_type: u16, state: u16) -> Vec<u8> {
+pub(crate) fn answer(answer_type: u16, state: u16) -> Vec<u8> {
     let [low, high] = answer_type.to_le_bytes();
     let [state_low, state_high] = state.to_le_bytes();
     vec![low, high, 0x5a, 0xa5, 0xff, 0, 1, 2, state_low, state_high]
@@ -175,7 +175,7 @@ fn g_21_state_is_ignored_unless_acknowledged() {
 // ---- every answer to every request ----
 
 /// Answers of which nothing can be believed, with what Linux's strategy makes of them.
-fn unbelievable(kind: RequestKind) -> Vec<(Misbehave, ResponseError)> {
+pub(crate) fn unbelievable(kind: RequestKind) -> Vec<(Misbehave, ResponseError)> {
     let unknown = [4, 5, 0x100, 0x8000, 0xffff].map(|answer_type| {
         let raw = Misbehave::Raw(answer(answer_type, 0), 10);
         (raw, ResponseError::UnknownType(answer_type))
@@ -393,6 +393,9 @@ fn used_ring_with_a_wrong_buffer_ends_linux_and_makes_direct_reset_the_device() 
             Misbehave::UsedId(0xffff),
             Misbehave::UsedId(u32::MAX),
             Misbehave::Twice,
+            Misbehave::Ahead(1),
+            Misbehave::Ahead(7),
+            Misbehave::Ahead(0x7fff),
         ] {
             let (mut scene, ended) = scene(setup, kind).unwrap().answered([wrong.clone()]);
             if setup.is_linux() {

@@ -9,7 +9,7 @@ use virtio_mem_driver::driver::{
 use virtio_mem_driver::hotplug::{Hotplug, Mobility, Profile};
 use virtio_mem_wire::{ConfigError, Features, Field, GeometryError};
 
-use crate::setup::{Run, SETUPS, Setup, UNIT, WAITS, run, works};
+use crate::setup::{FIELDS, Run, SETUPS, Setup, UNIT, WAITS, run, works};
 use crate::support::device::{Device, Event, FakeTransport};
 use crate::support::memory::PluggedMemory;
 use crate::support::{Driver, GIB, MIB, Rig, probe};
@@ -165,16 +165,7 @@ fn impossible() -> Vec<(Vec<(Field, u64)>, ConfigError)> {
         ),
         // A bus from which there is no answer.
         (
-            [
-                BlockSize,
-                Addr,
-                RegionSize,
-                UsableRegionSize,
-                PluggedSize,
-                RequestedSize,
-            ]
-            .map(|field| (field, u64::MAX))
-            .to_vec(),
+            FIELDS.map(|field| (field, u64::MAX)).to_vec(),
             BlockSizeNotPowerOfTwo(u64::MAX).into(),
         ),
     ]

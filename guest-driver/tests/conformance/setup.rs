@@ -3,6 +3,7 @@
 use virtio_drivers::transport::DeviceStatus;
 use virtio_mem_driver::driver::{Failure, Mode, Policy, Progress, Stall, Strategy};
 use virtio_mem_driver::hotplug::PageHandle;
+use virtio_mem_wire::Field;
 
 use crate::support::device::Device;
 use crate::support::{GIB, LINUX, MIB, Rig};
@@ -15,6 +16,16 @@ const POLLS: u64 = 5000;
 
 /// A memory block of x86-64, and a big block.
 pub(crate) const UNIT: u64 = 128 * MIB;
+
+/// The 64-bit fields of the configuration space.
+pub(crate) const FIELDS: [Field; 6] = [
+    Field::BlockSize,
+    Field::Addr,
+    Field::RegionSize,
+    Field::UsableRegionSize,
+    Field::PluggedSize,
+    Field::RequestedSize,
+];
 
 /// A strategy and a mode.
 #[derive(Clone, Copy, Debug)]

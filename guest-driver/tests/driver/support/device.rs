@@ -40,6 +40,8 @@ pub(crate) enum Misbehave {
     UsedId(u32),
     /// Do what is right, and use the buffer twice.
     Twice,
+    /// Do what is right, and claim to have used so many buffers more.
+    Ahead(u16),
     /// Do what is right, or nothing, and never say so.
     Lost { done: bool },
     /// The same, and need a reset.
@@ -237,6 +239,14 @@ impl Device {
                 state.put_used(id, whole);
                 (bytes, whole, id)
             }
+            Some(Misbehave::Ahead(count)) => {
+                let bytes = state.obey(request, &self.region);
+                dma::write(answer_address, &bytes);
+                state.put_used(id, whole);
+                state.skip_used(count);
+                state.raise(InterruptStatus::QUEUE_INTERRUPT);
+                return;
+            }
             Some(Misbehave::Lost { done }) => {
                 state.obey_silently(request, &self.region, done);
                 return;
@@ -331,9 +341,15 @@ impl State {
         element[0..4].copy_from_slice(&id.to_le_bytes());
         element[4..8].copy_from_slice(&len.to_le_bytes());
         dma::write(used + 4 + 8 * slot, &element);
-        self.next_used = self.next_used.wrapping_add(1);
-        let index = self.next_used;
-        dma::write(used + 2, &index.to_le_bytes());
+        self.skip_used(1);
+    }
+
+    fn skip_used(&mut self, count: u16) {
+        let Some([_, _, used]) = self.queue else {
+            return;
+        };
+        self.next_used = self.next_used.wrapping_add(count);
+        dma::write(used + 2, &self.next_used.to_le_bytes());
     }
 
     /// Does what is asked for. G-17 … G-20: what the driver must ignore of the answer is junk.
