@@ -109,14 +109,16 @@ impl<H: Hal, T: Transport> DumpView<H, T> {
         let most = u64::from(virtio_mem_wire::MAX_BLOCKS_PER_REQUEST);
         let chunk = (chunk_size / geometry.block_size()).clamp(1, most);
         let end = self.config.mutable.usable_region_size / geometry.block_size();
-        let mut todo: Vec<BlockRange> = (0..end.div_ceil(chunk))
-            .rev()
-            .map(|i| BlockRange {
-                first: i * chunk,
-                count: chunk.min(end - i * chunk),
-            })
-            .collect();
-        while let Some(range) = todo.pop() {
+        let mut first = 0;
+        // What of a chunk is asked for once more, the next block last.
+        let mut singly: Vec<BlockRange> = Vec::new();
+        while !self.dead && (first < end || !singly.is_empty()) {
+            let range = singly.pop().unwrap_or_else(|| {
+                let count = chunk.min(end - first);
+                let range = BlockRange { first, count };
+                first = range.end();
+                range
+            });
             match self.state(range, &mut keep_waiting) {
                 Some(BlockState::Plugged) => {
                     let start = geometry.address(range.first);
@@ -128,7 +130,7 @@ impl<H: Hal, T: Transport> DumpView<H, T> {
                 }
                 Some(BlockState::Mixed) if range.count > 1 => {
                     let blocks = (range.first..range.end()).rev();
-                    todo.extend(blocks.map(|first| BlockRange { first, count: 1 }));
+                    singly.extend(blocks.map(|first| BlockRange { first, count: 1 }));
                 }
                 _ => {}
             }

@@ -2,6 +2,7 @@
 
 use core::hint::spin_loop;
 
+use alloc::vec::Vec;
 use thiserror::Error;
 use virtio_drivers::Hal;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, Transport};
@@ -27,6 +28,9 @@ pub(super) const SUPPORTED: Features = Features::VERSION_1
 /// How often the status is read before a reset counts as failed. A read takes a device 0.1 to 100 µs.
 const RESET_READS: usize = 100_000;
 
+/// Maps of the region's blocks that exist at a time, those that steps make for themselves included.
+const MAPS: usize = 12;
+
 /// Why a device cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum ProbeError {
@@ -48,6 +52,12 @@ pub enum ProbeError {
     /// The configuration cannot be read or makes no sense.
     #[error(transparent)]
     Config(#[from] ConfigReadError),
+    /// There is no memory to keep track of so many blocks: the device has a very large region, or very small blocks.
+    #[error("no memory to keep track of {blocks} blocks")]
+    NoMemory {
+        /// Blocks of the region.
+        blocks: u64,
+    },
     /// The region, or a memory group for it, cannot be had.
     #[error("region: {0}")]
     Region(hotplug::Error),
@@ -152,6 +162,11 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         let ready = Ready::new(&mut transport, supported)?;
         let config = ready.config;
         let node = node(hotplug, &ready);
+        let block_count = config.geometry.block_count();
+        if !maps_fit(block_count) {
+            let blocks = block_count;
+            return Err(ready.abandon(&mut transport, ProbeError::NoMemory { blocks }));
+        }
         let layout = Layout::new(config.geometry, hotplug.profile(), &policy);
         let attachment = match Attachment::new(hotplug, &layout, &policy, node) {
             Ok(attachment) => attachment,
@@ -162,7 +177,6 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         let adopt = policy.strategy == Strategy::Direct && (plugged || attachment.adopted);
         let usable_size = config.mutable.usable_region_size;
         let scan = adopt.then(|| Scan::new(&layout, usable_size));
-        let block_count = config.geometry.block_count();
         Ok(Self {
             transport,
             queue: Some(queue),
@@ -217,6 +231,15 @@ fn node<M: PhysicalMemory, H: Hal>(hotplug: &Hotplug<M>, ready: &Ready<H>) -> u3
     }
     let node = node.flatten();
     node.unwrap_or_else(|| hotplug.node_of_added(geometry.addr()))
+}
+
+/// Whether the heap has room for the maps of a region: how large they are is the device's choice, and a map that cannot
+/// be allocated ends the kernel.
+fn maps_fit(block_count: u64) -> bool {
+    let words = usize::try_from(block_count.div_ceil(u64::BITS.into())).unwrap_or(usize::MAX);
+    let mut maps = [const { Vec::<u64>::new() }; MAPS];
+    maps.iter_mut()
+        .all(|map| map.try_reserve_exact(words).is_ok())
 }
 
 /// Resets the device; `false` if it does not get there in a bounded number of reads (V-05).

@@ -55,7 +55,12 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         hotplug: &mut Hotplug<M>,
         kind: Suspend,
     ) -> Result<(), SuspendError> {
-        let plugged_size = self.plugged_size().max(self.config.mutable.plugged_size);
+        // What the configuration says is as old as its last change, but may be all there is to go by.
+        let unsure = self.unplug_all || self.scan.is_some() || self.failure.is_some();
+        let plugged_size = match unsure {
+            true => self.plugged_size().max(self.config.mutable.plugged_size),
+            false => self.plugged_size(),
+        };
         match kind {
             Suspend::Disk => return Err(SuspendError::NotPermitted),
             Suspend::Ram

@@ -1,9 +1,9 @@
 //! Refusals, and devices that break the rules.
 
 use virtio_drivers::transport::DeviceStatus;
-use virtio_mem_driver::driver::{ConfigReadError, Failure, Progress, Stall};
+use virtio_mem_driver::driver::{Failure, Progress, Stall};
 use virtio_mem_driver::hotplug::Mobility;
-use virtio_mem_wire::{Answer, RequestKind, ResponseError};
+use virtio_mem_wire::Answer;
 
 use crate::support::device::{Event, Misbehave};
 use crate::support::{GIB, MIB, Rig};
@@ -153,19 +153,6 @@ fn nack_because_the_target_was_lowered_is_followed_at_once() {
 }
 
 #[test]
-fn error_ends_the_driver_with_the_request() {
-    let mut rig = Rig::linux(GIB);
-    misbehave(&rig, Misbehave::Answer(Answer::Error));
-    rig.device.request(4 * MIB);
-    let failure = failure(&mut rig);
-    assert!(matches!(
-        failure,
-        Failure::Answer { request, answer: Answer::Error } if request.kind() == RequestKind::Plug
-    ));
-    assert_eq!(failure.to_string(), "plug was answered ERROR");
-}
-
-#[test]
 fn refused_unplug_is_a_violation_and_its_memory_is_not_touched_again() {
     for answer in [Answer::Error, Answer::Nack] {
         let mut rig = Rig::linux(GIB);
@@ -175,52 +162,6 @@ fn refused_unplug_is_a_violation_and_its_memory_is_not_touched_again() {
         assert!(matches!(failure(&mut rig), Failure::Answer { .. }));
         assert_eq!(rig.hotplug.counts().managed, 512);
     }
-}
-
-#[test]
-fn v_14_short_answers_are_not_believed() {
-    for len in [0, 2, 7] {
-        let mut rig = Rig::linux(GIB);
-        misbehave(&rig, Misbehave::Raw(vec![0; 10], len));
-        rig.device.request(2 * MIB);
-        assert_eq!(
-            failure(&mut rig),
-            Failure::Response(ResponseError::TooShort {
-                have: len as usize,
-                need: 8
-            })
-        );
-    }
-}
-
-#[test]
-fn h_04_unknown_answers_are_not_believed() {
-    let mut rig = Rig::linux(GIB);
-    misbehave(&rig, Misbehave::Raw(vec![9, 0, 0, 0, 0, 0, 0, 0], 8));
-    rig.device.request(2 * MIB);
-    assert_eq!(
-        failure(&mut rig),
-        Failure::Response(ResponseError::UnknownType(9))
-    );
-}
-
-#[test]
-fn v_14_used_length_beyond_the_buffer_is_cut() {
-    let mut rig = Rig::new(GIB);
-    misbehave(&rig, Misbehave::Raw(vec![2, 0, 0, 0, 0, 0, 0, 0], u32::MAX));
-    rig.device.request(2 * MIB);
-    assert!(matches!(rig.run(), Progress::Stalled { .. }));
-}
-
-#[test]
-fn buffer_that_is_not_in_flight_is_a_violation() {
-    let mut rig = Rig::linux(GIB);
-    misbehave(&rig, Misbehave::WrongBuffer);
-    rig.device.request(2 * MIB);
-    assert_eq!(
-        failure(&mut rig),
-        Failure::Queue(virtio_drivers::Error::WrongToken)
-    );
 }
 
 #[test]
@@ -237,19 +178,6 @@ fn v_09_device_that_needs_a_reset_is_not_waited_for() {
     }
     assert_eq!(failure(&mut rig), Failure::NeedsReset);
     assert!(!rig.driver.awaits_device(rig.now_ms));
-}
-
-#[test]
-fn d_02_region_that_changes_is_noticed() {
-    let mut rig = Rig::new(GIB);
-    {
-        let mut state = rig.device.state();
-        let old = state.config.geometry;
-        state.config.geometry =
-            virtio_mem_wire::Geometry::new(old.addr(), old.region_size(), MIB).unwrap();
-        state.change_config();
-    }
-    assert_eq!(failure(&mut rig), Failure::RegionChanged);
 }
 
 #[test]
@@ -279,34 +207,6 @@ fn h_07_plugged_size_that_does_not_match_is_noticed() {
             driver: 4 * MIB
         }
     );
-}
-
-#[test]
-fn v_07_configuration_that_does_not_rest_is_read_later() {
-    let mut rig = Rig::new(GIB);
-    rig.device.state().on_config_read = Some(Box::new(|state, _| state.generation += 1));
-    rig.device.request(4 * MIB);
-    assert_eq!(
-        rig.run(),
-        Progress::Stalled {
-            reason: Stall::ConfigUnstable,
-            retry_at_ms: Some(10)
-        }
-    );
-    rig.device.state().on_config_read = None;
-    rig.now_ms = 10;
-    assert_eq!(rig.run(), Progress::Settled);
-    rig.check();
-}
-
-#[test]
-fn wrong_configuration_at_run_time_ends_the_driver() {
-    let mut rig = Rig::new(GIB);
-    rig.device.request(2 * GIB);
-    assert!(matches!(
-        failure(&mut rig),
-        Failure::Config(ConfigReadError::Invalid(_))
-    ));
 }
 
 #[test]

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use virtio_drivers::transport::{DeviceStatus, DeviceType};
 use virtio_mem_driver::driver::{ConfigReadError, Failure, Policy, ProbeError, Progress};
 use virtio_mem_driver::hotplug::{Boot, BootRange, Config, Hotplug, Profile};
-use virtio_mem_wire::{Answer, BlockRange, ConfigError, Features, Field};
+use virtio_mem_wire::{BlockRange, Features};
 
-use crate::support::device::{Device, Event, Misbehave};
+use crate::support::device::{Device, Event};
 use crate::support::memory::PluggedMemory;
 use crate::support::{GIB, LINUX, MIB, Rig, dma, probe};
 
@@ -45,17 +45,6 @@ fn v_01_steps_are_taken_in_order() {
         ]
     );
     assert_eq!(driver.features().bits(), ACCEPTED);
-}
-
-#[test]
-fn v_02_g_04_only_known_features_are_accepted() {
-    let device = device();
-    device.state().offered = u64::MAX;
-    let driver = probe(&device).unwrap();
-    assert_eq!(
-        driver.features(),
-        Features::VERSION_1 | Features::UNPLUGGED_INACCESSIBLE | Features::PERSISTENT_SUSPEND
-    );
 }
 
 #[test]
@@ -104,53 +93,6 @@ fn other_devices_are_not_touched() {
 }
 
 #[test]
-fn m_03_missing_queue_is_an_error() {
-    let device = device();
-    device.state().queue_max = 0;
-    assert!(matches!(probe(&device), Err(ProbeError::Queue(_))));
-    assert!(failed_status(&device).is_some());
-}
-
-#[test]
-fn d_06_wrong_configuration_is_refused_and_the_device_stopped() {
-    let device = device();
-    device.state().config.mutable.requested_size = MIB;
-    assert!(matches!(
-        probe(&device),
-        Err(ProbeError::Config(ConfigReadError::Invalid(
-            ConfigError::Misaligned { .. }
-        )))
-    ));
-    assert_eq!(failed_status(&device), Some(128 | 11));
-    assert_eq!(device.state().events.last(), Some(&Event::Status(0)));
-}
-
-#[test]
-fn d_07_empty_region_is_legal() {
-    let mut rig = Rig::on(Device::new(0, 0, 2 * MIB), Default::default());
-    assert_eq!(rig.run(), Progress::Settled);
-}
-
-#[test]
-fn v_06_v_07_target_that_changes_between_its_halves_is_read_again() {
-    let device = Device::new(4 * GIB, 8 * GIB, 2 * MIB);
-    device.state().config.mutable.requested_size = 4 * GIB - 2 * MIB;
-    let mut reads = 0;
-    device.state().on_config_read = Some(Box::new(move |state, offset| {
-        if offset == Field::RequestedSize.offset() + 4 {
-            reads += 1;
-            // The low half of the old value and the high half of this one would make 8 GiB - 2 MiB.
-            if reads == 1 {
-                state.config.mutable.requested_size = 4 * GIB;
-                state.generation += 1;
-            }
-        }
-    }));
-    let driver = probe(&device).unwrap();
-    assert_eq!(driver.config().mutable.requested_size, 4 * GIB);
-}
-
-#[test]
 fn v_07_configuration_that_never_rests_is_given_up() {
     let device = device();
     device.state().on_config_read = Some(Box::new(|state, _| state.generation += 1));
@@ -159,39 +101,6 @@ fn v_07_configuration_that_never_rests_is_given_up() {
         ProbeError::Config(ConfigReadError::Unstable)
     );
     assert!(failed_status(&device).is_some());
-}
-
-#[test]
-fn g_05_memory_plugged_in_an_earlier_life_is_unplugged_until_the_device_has_done_it() {
-    let device = device();
-    {
-        let mut state = device.state();
-        state.plugged.insert(BlockRange { first: 3, count: 9 });
-        state.config.mutable.plugged_size = 18 * MIB;
-        state.config.mutable.requested_size = 4 * MIB;
-        for _ in 0..2 {
-            state.misbehave.push_back(Misbehave::Answer(Answer::Busy));
-        }
-    }
-    let mut rig = Rig::on(device, LINUX);
-    for retry_at_ms in [50_000, 150_000] {
-        assert!(matches!(
-            rig.run(),
-            Progress::Stalled { retry_at_ms: Some(at), .. } if at == retry_at_ms
-        ));
-        rig.now_ms = retry_at_ms;
-    }
-    assert_eq!(rig.run(), Progress::Settled);
-    rig.check();
-    assert_eq!(
-        rig.device.state().take_requests(),
-        [
-            ("unplug_all busy".to_owned(), 0, 0),
-            ("unplug_all busy".to_owned(), 0, 0),
-            ("unplug_all".to_owned(), 0, 0),
-            ("plug".to_owned(), 0, 2),
-        ]
-    );
 }
 
 #[test]

@@ -8,50 +8,11 @@ use virtio_mem_driver::driver::{
     DumpView, Event, Policy, Progress, Suspend, SuspendError, UnitState,
 };
 use virtio_mem_driver::hotplug::{Error, Mobility, OnlineType};
-use virtio_mem_wire::{BlockRange, Features};
+use virtio_mem_wire::BlockRange;
 
 use crate::support::device::{Device, FakeTransport, Misbehave};
 use crate::support::dma::FakeHal;
 use crate::support::{GIB, LINUX, MIB, Rig};
-
-#[test]
-fn g_16_nothing_deeper_than_idle_while_memory_is_plugged() {
-    let mut rig = Rig::new(GIB);
-    rig.resize(64 * MIB);
-    let pages = rig.allocate(100, Mobility::Movable);
-    let disk = rig.driver.suspend(&mut rig.hotplug, Suspend::Disk);
-    assert_eq!(disk, Err(SuspendError::NotPermitted));
-    let ram = rig.driver.suspend(&mut rig.hotplug, Suspend::Ram);
-    let plugged_size = 64 * MIB;
-    assert_eq!(ram, Err(SuspendError::MemoryPlugged { plugged_size }));
-    rig.driver.suspend(&mut rig.hotplug, Suspend::Idle).unwrap();
-    assert_eq!(rig.step(), Progress::Suspended);
-    assert!(rig.device.state().status.is_empty());
-    rig.device.state().config.mutable.requested_size = 128 * MIB;
-    rig.driver.resume().unwrap();
-    assert_eq!(rig.run(), Progress::Settled);
-    assert_eq!(rig.driver.plugged_size(), 128 * MIB);
-    rig.verify(&pages);
-    for page in pages {
-        rig.hotplug.free(page).unwrap();
-    }
-    rig.resize(0);
-    rig.driver.suspend(&mut rig.hotplug, Suspend::Ram).unwrap();
-    rig.driver.resume().unwrap();
-    rig.resize(2 * MIB);
-}
-
-#[test]
-fn memory_that_stays_plugged_can_sleep() {
-    let device = Device::new(4 * GIB, GIB, 2 * MIB);
-    device.state().offered |= Features::PERSISTENT_SUSPEND.bits();
-    let mut rig = Rig::on(device, LINUX);
-    rig.resize(64 * MIB);
-    rig.driver.suspend(&mut rig.hotplug, Suspend::Ram).unwrap();
-    rig.driver.resume().unwrap();
-    assert_eq!(rig.run(), Progress::Settled);
-    rig.resize(0);
-}
 
 #[test]
 fn suspend_waits_for_what_is_in_flight_and_nothing_new_is_sent() {

@@ -13,5 +13,6 @@ mod linux;
 mod random;
 mod recovery;
 mod resize;
+#[expect(dead_code, reason = "the target `conformance` uses the rest")]
 mod support;
 mod torn;

@@ -151,6 +151,7 @@ impl World {
                     driver,
                     mut hotplug,
                     now_ms,
+                    ..
                 } = std::mem::replace(&mut self.rig, spare);
                 let policy = *driver.policy();
                 driver.remove(&mut hotplug);

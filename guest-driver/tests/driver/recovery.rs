@@ -1,12 +1,11 @@
 //! What the driver recovers from: lost answers, resets, sizes that do not match, an earlier life.
 
-use virtio_drivers::transport::DeviceStatus;
 use virtio_mem_driver::driver::{Failure, Policy, Progress, ResyncReason};
 use virtio_mem_driver::hotplug::{BlockState, Mobility};
 use virtio_mem_wire::{Answer, BlockRange, RequestKind};
 
 use crate::support::device::{Device, Misbehave};
-use crate::support::{GIB, LINUX, MIB, Rig};
+use crate::support::{GIB, MIB, Rig};
 
 fn range(first: u64, count: u64) -> BlockRange {
     BlockRange { first, count }
@@ -22,9 +21,7 @@ fn meddle(rig: &Rig, plug: &[BlockRange], unplug: &[BlockRange]) {
 }
 
 fn needs_reset(rig: &Rig) {
-    let mut state = rig.device.state();
-    state.status |= DeviceStatus::DEVICE_NEEDS_RESET;
-    state.change_config();
+    rig.device.state().need_reset();
 }
 
 #[test]
@@ -104,20 +101,6 @@ fn v_09_reset_that_the_device_needs_is_done_and_what_was_in_flight_found_out() {
         }
         rig.verify(&pages);
     }
-}
-
-#[test]
-fn v_09_device_that_always_needs_a_reset_is_given_up() {
-    let mut rig = Rig::new(GIB);
-    rig.device.state().hold = true;
-    rig.device.request(64 * MIB);
-    for _ in 0..3 {
-        assert_eq!(rig.run(), Progress::AwaitingDevice);
-        needs_reset(&rig);
-    }
-    assert_eq!(rig.run(), Progress::AwaitingDevice);
-    needs_reset(&rig);
-    assert_eq!(rig.run(), Progress::Failed(Failure::NeedsReset));
 }
 
 #[test]
@@ -244,31 +227,4 @@ fn state_that_is_not_acknowledged_is_not_believed() {
             Progress::Failed(Failure::Answer { request, .. }) if request.kind() == RequestKind::State
         ));
     }
-}
-
-#[test]
-fn d_47_device_that_is_busy_all_the_same_is_asked_again() {
-    let mut rig = Rig::new(GIB);
-    rig.resize(64 * MIB);
-    let busy = Misbehave::Answer(Answer::Busy);
-    rig.device.state().misbehave.push_back(busy);
-    meddle(&rig, &[], &[range(31, 1)]);
-    let Progress::Stalled {
-        retry_at_ms: Some(at),
-        ..
-    } = rig.run()
-    else {
-        panic!("not asked again");
-    };
-    rig.now_ms = at;
-    assert_eq!(rig.run(), Progress::Settled);
-    rig.check();
-}
-
-#[test]
-fn linux_policy_says_why_it_stops() {
-    let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), LINUX);
-    rig.resize(64 * MIB);
-    needs_reset(&rig);
-    assert_eq!(rig.run(), Progress::Failed(Failure::NeedsReset));
 }

@@ -65,19 +65,7 @@ fn idle_memory_is_resized_in_linux_order() {
 }
 
 #[test]
-fn g_14_unplugged_parts_of_an_online_memory_block_stay_out_of_the_allocator() {
-    let mut rig = Rig::new(GIB);
-    rig.resize(6 * MIB);
-    let counts = rig.hotplug.counts();
-    assert_eq!(counts.present, 32768);
-    assert_eq!((counts.managed, counts.free), (3 * 512, 3 * 512));
-    let handles = rig.allocate(3 * 512, Mobility::Movable);
-    assert!(rig.hotplug.allocate(Mobility::Movable).is_err());
-    rig.verify(&handles);
-}
-
-#[test]
-fn g_11_pages_in_use_are_moved_with_their_contents() {
+fn pages_in_use_are_moved_with_their_contents() {
     let mut rig = Rig::new(GIB);
     rig.resize(512 * MIB);
     let mut handles = rig.allocate(96 * 1024, Mobility::Movable);
@@ -116,7 +104,7 @@ fn g_11_pages_in_use_are_moved_with_their_contents() {
 }
 
 #[test]
-fn g_15_pinned_page_keeps_its_sub_block_until_it_is_unpinned() {
+fn pinned_page_keeps_its_sub_block_until_it_is_unpinned() {
     let mut rig = Rig::new(GIB);
     rig.resize(256 * MIB);
     let handles = rig.allocate(20_000, Mobility::Movable);
@@ -206,7 +194,7 @@ fn memory_block_somebody_else_takes_offline_is_left_alone() {
 }
 
 #[test]
-fn g_14_capacity_that_no_whole_memory_block_reaches_is_reported() {
+fn capacity_that_no_whole_memory_block_reaches_is_reported() {
     let device = Device::new(4 * GIB + 64 * MIB, 256 * MIB, MIB);
     let mut rig = Rig::on(device, Policy::default());
     // One whole memory block, 64 MiB from the start of the region.

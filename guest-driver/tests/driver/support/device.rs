@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_drivers::PhysAddr;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_mem_wire::{
-    Answer, BlockMap, BlockState, Config, Features, Field, Geometry, MutableConfig, Request,
-    Response,
+    Answer, BlockMap, BlockRange, BlockState, Config, Features, Field, Geometry, MutableConfig,
+    Request, Response,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -32,8 +32,20 @@ pub(crate) enum Misbehave {
     Answer(Answer),
     /// Write these bytes and say that so many were written.
     Raw(Vec<u8>, u32),
+    /// Do what is right, and say that so many bytes were written.
+    Length(u32),
     /// Use a buffer that is not in flight.
     WrongBuffer,
+    /// Use the buffer with this number.
+    UsedId(u32),
+    /// Do what is right, and use the buffer twice.
+    Twice,
+    /// Do what is right, and claim to have used so many buffers more.
+    Ahead(u16),
+    /// Do what is right, or nothing, and never say so.
+    Lost { done: bool },
+    /// The same, and need a reset.
+    NeedsReset { done: bool },
 }
 
 type ConfigHook = Box<dyn FnMut(&mut State, usize) + Send>;
@@ -44,7 +56,13 @@ pub(crate) struct State {
     pub(crate) device_type: DeviceType,
     pub(crate) offered: u64,
     pub(crate) config: Config,
+    /// Shown instead of what the configuration has at these offsets.
+    pub(crate) forged: Vec<(usize, u64)>,
     pub(crate) generation: u32,
+    /// Each byte that the driver must ignore, in configuration and answers.
+    pub(crate) junk: u8,
+    /// What blocks hold that the driver has no business with, and those it has just plugged.
+    pub(crate) scribble_with: u8,
     pub(crate) plugged: BlockMap,
     pub(crate) status: DeviceStatus,
     /// Status reads after a reset that still show the old status.
@@ -64,6 +82,7 @@ pub(crate) struct State {
     queue: Option<[PhysAddr; 3]>,
     queue_size: u16,
     next_avail: u16,
+    next_used: u16,
     stale_status: DeviceStatus,
     stale_reads: u32,
 }
@@ -94,7 +113,10 @@ impl Device {
                     ..MutableConfig::default()
                 },
             },
+            forged: Vec::new(),
             generation: 7,
+            junk: 0xff,
+            scribble_with: 0xdb,
             plugged: BlockMap::new(geometry.block_count()),
             status: DeviceStatus::empty(),
             reset_reads: 0,
@@ -110,6 +132,7 @@ impl Device {
             queue: None,
             queue_size: 0,
             next_avail: 0,
+            next_used: 0,
             stale_status: DeviceStatus::empty(),
             stale_reads: 0,
         };
@@ -137,17 +160,156 @@ impl Device {
         state.change_config();
     }
 
+    /// Overwrites all blocks that are not plugged, as a device may at any time (D-17).
+    pub(crate) fn scribble(&self) {
+        let state = self.state();
+        let geometry = state.config.geometry;
+        let all = BlockRange {
+            first: 0,
+            count: geometry.block_count(),
+        };
+        for range in state.plugged.runs_in(all, false) {
+            let with = state.scribble_with;
+            self.region.scribble(range, geometry.block_size(), with);
+        }
+    }
+
+    /// Whether they are as [`scribble`](Self::scribble) leaves them.
+    pub(crate) fn is_scribbled(&self) -> bool {
+        let state = self.state();
+        let geometry = state.config.geometry;
+        let all = BlockRange {
+            first: 0,
+            count: geometry.block_count(),
+        };
+        let (size, with) = (geometry.block_size(), state.scribble_with);
+        let mut unplugged = state.plugged.runs_in(all, false);
+        unplugged.all(|range| self.region.is_scribbled(range, size, with))
+    }
+
+    /// The requests in the queue, the oldest first.
+    pub(crate) fn pending(&self) -> Vec<Request> {
+        let state = self.state();
+        let Some([_, avail, _]) = state.queue else {
+            return Vec::new();
+        };
+        let end = u16_at(avail + 2);
+        let count = end.wrapping_sub(state.next_avail);
+        (0..count)
+            .filter_map(|i| state.chain(state.next_avail.wrapping_add(i)))
+            .map(|chain| chain.request)
+            .collect()
+    }
+
     /// Answers the oldest request in the queue, if there is one.
     pub(crate) fn answer(&self) {
         let mut state = self.state();
-        let Some([descriptors, avail, used]) = state.queue else {
+        let Some([_, avail, _]) = state.queue else {
             return;
         };
-        let u16_at = |address| u16::from_le_bytes(dma::read(address));
         if u16_at(avail + 2) == state.next_avail {
             return;
         }
-        let slot = u64::from(state.next_avail % state.queue_size);
+        let chain = state.chain(state.next_avail).unwrap();
+        state.next_avail = state.next_avail.wrapping_add(1);
+        let Chain {
+            head,
+            next,
+            request,
+            answer_address,
+            ..
+        } = chain;
+        let (whole, id) = (Response::LEN as u32, u32::from(head));
+        let (bytes, len, id) = match state.misbehave.pop_front() {
+            None => (state.obey(request, &self.region), whole, id),
+            Some(Misbehave::Answer(answer)) => {
+                state.requests.push((request, answer));
+                // G-17 … G-19: the rest of the answer is junk.
+                let mut bytes = vec![state.junk; Response::LEN];
+                bytes[0..2].copy_from_slice(&(answer as u16).to_le_bytes());
+                (bytes, whole, id)
+            }
+            Some(Misbehave::Raw(bytes, len)) => (bytes, len, id),
+            Some(Misbehave::Length(len)) => (state.obey(request, &self.region), len, id),
+            Some(Misbehave::WrongBuffer) => (Vec::new(), 0, u32::from(next)),
+            Some(Misbehave::UsedId(id)) => (Vec::new(), 0, id),
+            Some(Misbehave::Twice) => {
+                let bytes = state.obey(request, &self.region);
+                dma::write(answer_address, &bytes);
+                state.put_used(id, whole);
+                (bytes, whole, id)
+            }
+            Some(Misbehave::Ahead(count)) => {
+                let bytes = state.obey(request, &self.region);
+                dma::write(answer_address, &bytes);
+                state.put_used(id, whole);
+                state.skip_used(count);
+                state.raise(InterruptStatus::QUEUE_INTERRUPT);
+                return;
+            }
+            Some(Misbehave::Lost { done }) => {
+                state.obey_silently(request, &self.region, done);
+                return;
+            }
+            Some(Misbehave::NeedsReset { done }) => {
+                state.obey_silently(request, &self.region, done);
+                state.need_reset();
+                return;
+            }
+        };
+        dma::write(answer_address, &bytes);
+        state.put_used(id, len);
+        state.raise(InterruptStatus::QUEUE_INTERRUPT);
+    }
+}
+
+/// A request where the driver has put it.
+struct Chain {
+    head: u16,
+    next: u16,
+    request: Request,
+    request_address: PhysAddr,
+    answer_address: PhysAddr,
+}
+
+fn u16_at(address: PhysAddr) -> u16 {
+    u16::from_le_bytes(dma::read(address))
+}
+
+impl State {
+    /// Where the driver has put its descriptors.
+    pub(crate) fn queue_address(&self) -> Option<PhysAddr> {
+        self.queue.map(|[descriptors, ..]| descriptors)
+    }
+
+    /// Everything the driver has pointed the device to: the rings, and request and answer of what is in the queue.
+    pub(crate) fn dma_addresses(&self) -> Vec<PhysAddr> {
+        let Some(rings) = self.queue else {
+            return Vec::new();
+        };
+        let [_, avail, _] = rings;
+        let count = u16_at(avail + 2).wrapping_sub(self.next_avail);
+        let chains = (0..count).filter_map(|i| self.chain(self.next_avail.wrapping_add(i)));
+        let buffers = chains.flat_map(|chain| [chain.request_address, chain.answer_address]);
+        rings.into_iter().chain(buffers).collect()
+    }
+
+    /// A new configuration, with the interrupt that announces it.
+    pub(crate) fn change_config(&mut self) {
+        self.generation += 1;
+        self.raise(InterruptStatus::DEVICE_CONFIGURATION_INTERRUPT);
+    }
+
+    /// Something went wrong, and the driver is told (V-09).
+    pub(crate) fn need_reset(&mut self) {
+        self.status |= DeviceStatus::DEVICE_NEEDS_RESET;
+        self.change_config();
+    }
+
+    /// The request the driver has made available as its `index`th.
+    fn chain(&self, index: u16) -> Option<Chain> {
+        let [descriptors, avail, _] = self.queue?;
+        let slot = u64::from(index % self.queue_size);
         let head = u16_at(avail + 4 + 2 * slot);
         let descriptor = |index: u16| {
             let bytes: [u8; 16] = dma::read(descriptors + 16 * u64::from(index));
@@ -161,46 +323,51 @@ impl Device {
         assert_eq!((request_len as usize, flags), (Request::LEN, 1));
         let (answer_address, answer_len, flags, _) = descriptor(next);
         assert_eq!((answer_len as usize, flags), (Response::LEN, 2));
+        Some(Chain {
+            head,
+            next,
+            request: Request::parse(&dma::read(request_address)).unwrap(),
+            request_address,
+            answer_address,
+        })
+    }
 
-        let request = Request::parse(&dma::read(request_address)).unwrap();
-        let (bytes, len, used_id) = match state.misbehave.pop_front() {
-            None => {
-                let response = state.execute(request, &self.region);
-                state.requests.push((request, response.answer()));
-                (response.emit().to_vec(), Response::LEN as u32, head)
-            }
-            Some(Misbehave::Answer(answer)) => {
-                state.requests.push((request, answer));
-                // G-17 … G-19: the rest of the answer is junk.
-                let mut bytes = vec![0xff; Response::LEN];
-                bytes[0..2].copy_from_slice(&(answer as u16).to_le_bytes());
-                (bytes, Response::LEN as u32, head)
-            }
-            Some(Misbehave::Raw(bytes, len)) => (bytes, len, head),
-            Some(Misbehave::WrongBuffer) => (Vec::new(), 0, next),
+    fn put_used(&mut self, id: u32, len: u32) {
+        let Some([_, _, used]) = self.queue else {
+            return;
         };
-        dma::write(answer_address, &bytes);
+        let slot = u64::from(self.next_used % self.queue_size);
         let mut element = [0; 8];
-        element[0..4].copy_from_slice(&u32::from(used_id).to_le_bytes());
+        element[0..4].copy_from_slice(&id.to_le_bytes());
         element[4..8].copy_from_slice(&len.to_le_bytes());
         dma::write(used + 4 + 8 * slot, &element);
-        state.next_avail = state.next_avail.wrapping_add(1);
-        let index = state.next_avail;
-        dma::write(used + 2, &index.to_le_bytes());
-        state.raise(InterruptStatus::QUEUE_INTERRUPT);
-    }
-}
-
-impl State {
-    /// Where the driver has put its descriptors.
-    pub(crate) fn queue_address(&self) -> Option<PhysAddr> {
-        self.queue.map(|[descriptors, ..]| descriptors)
+        self.skip_used(1);
     }
 
-    /// A new configuration, with the interrupt that announces it.
-    pub(crate) fn change_config(&mut self) {
-        self.generation += 1;
-        self.raise(InterruptStatus::DEVICE_CONFIGURATION_INTERRUPT);
+    fn skip_used(&mut self, count: u16) {
+        let Some([_, _, used]) = self.queue else {
+            return;
+        };
+        self.next_used = self.next_used.wrapping_add(count);
+        dma::write(used + 2, &self.next_used.to_le_bytes());
+    }
+
+    /// Does what is asked for. G-17 … G-20: what the driver must ignore of the answer is junk.
+    fn obey(&mut self, request: Request, region: &Region) -> Vec<u8> {
+        let response = self.execute(request, region);
+        self.requests.push((request, response.answer()));
+        let mut bytes = response.emit();
+        bytes[2..8].fill(self.junk);
+        if !matches!(response, Response::AckState(_)) {
+            bytes[8..10].fill(self.junk);
+        }
+        bytes.to_vec()
+    }
+
+    fn obey_silently(&mut self, request: Request, region: &Region, done: bool) {
+        if done {
+            self.obey(request, region);
+        }
     }
 
     fn raise(&mut self, interrupt: InterruptStatus) {
@@ -234,6 +401,9 @@ impl State {
         let geometry = self.config.geometry;
         let mutable = &mut self.config.mutable;
         let Some(span) = request.span() else {
+            for range in self.plugged.runs() {
+                region.scribble(range, geometry.block_size(), self.scribble_with);
+            }
             self.plugged.clear();
             mutable.plugged_size = 0;
             return Response::Ack;
@@ -260,7 +430,7 @@ impl State {
             }
             _ => return Response::Error,
         }
-        region.scribble(range, geometry.block_size());
+        region.scribble(range, geometry.block_size(), self.scribble_with);
         Response::Ack
     }
 }
@@ -329,6 +499,7 @@ impl Transport for FakeTransport {
             state.stale_reads = state.reset_reads;
             state.queue = None;
             state.next_avail = 0;
+            state.next_used = 0;
             state.interrupt = InterruptStatus::empty();
         }
         assert!(
@@ -397,8 +568,11 @@ impl Transport for FakeTransport {
             state.on_config_read = Some(hook);
         }
         let mut bytes = state.config.emit();
-        // G-02: padding is junk.
-        bytes[10..16].fill(0xff);
+        // G-02
+        bytes[10..16].fill(state.junk);
+        for (at, value) in &state.forged {
+            bytes[*at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
         Ok(T::read_from_bytes(&bytes[offset..offset + width]).unwrap())
     }
 

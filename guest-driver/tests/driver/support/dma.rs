@@ -35,6 +35,13 @@ pub(crate) fn is_allocated(address: PhysAddr) -> bool {
     arena().contains_key(&address)
 }
 
+/// Whether `address` lies in an allocation.
+pub(crate) fn is_inside(address: PhysAddr) -> bool {
+    let arena = arena();
+    let below = arena.range(..=address).next_back();
+    below.is_some_and(|(start, a)| address < start + (a.pages * PAGE_SIZE) as u64)
+}
+
 /// Reads DMA memory as the device does.
 pub(crate) fn read<const N: usize>(address: PhysAddr) -> [u8; N] {
     // SAFETY: `host` has checked that the bytes are allocated; the driver does not write them meanwhile.

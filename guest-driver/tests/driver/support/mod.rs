@@ -46,6 +46,8 @@ pub(crate) struct Rig {
     pub(crate) driver: Driver,
     pub(crate) hotplug: Hotplug<PluggedMemory>,
     pub(crate) now_ms: u64,
+    /// Steps so far.
+    pub(crate) polls: u64,
 }
 
 impl Rig {
@@ -74,6 +76,7 @@ impl Rig {
             hotplug,
             device,
             now_ms: 0,
+            polls: 0,
         }
     }
 
@@ -84,6 +87,7 @@ impl Rig {
             driver,
             hotplug,
             now_ms,
+            ..
         } = self;
         drop(driver);
         Self::again(device, hotplug, policy, now_ms)
@@ -103,6 +107,7 @@ impl Rig {
             driver,
             hotplug,
             now_ms,
+            polls: 0,
         })
     }
 
@@ -111,6 +116,7 @@ impl Rig {
         if !self.device.state().interrupt.is_empty() {
             self.driver.on_interrupt();
         }
+        self.polls += 1;
         self.driver.poll(&mut self.hotplug, self.now_ms)
     }
 
