@@ -4,11 +4,15 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use thiserror::Error;
-use virtio_mem_driver::driver::{MemDriver, Policy, ProbeError, Progress};
-use virtio_mem_driver::hotplug::{self, Hotplug, Profile};
+use virtio_drivers::Hal;
+use virtio_drivers::transport::Transport;
+use virtio_mem_driver::driver::{
+    MemDriver, Mode, Policy, ProbeError, Progress, Stall, Strategy, Unreachable, UnreachableReason,
+};
+use virtio_mem_driver::hotplug::{self, Boot, Config, Hotplug, OnlineType, Profile};
 use virtio_mem_wire::{BlockMap, BlockRange, BlockState};
 
-use crate::abi::{BootInfo, DriverState, MAX_VCPUS, Mailbox, command};
+use crate::abi::{self, BootInfo, DriverState, MAX_VCPUS, Mailbox, Shortfall, command};
 use crate::lock::SpinLock;
 use crate::message::write_message;
 use crate::platform::Platform;
@@ -25,6 +29,8 @@ pub struct Parameters {
     pub seed: u64,
     /// Sizes of the machine.
     pub profile: Profile,
+    /// What the driver may choose.
+    pub policy: Policy,
 }
 
 impl From<&BootInfo> for Parameters {
@@ -35,7 +41,20 @@ impl From<&BootInfo> for Parameters {
             worker_pages: boot.worker_pages,
             seed: boot.seed,
             profile: Profile::X86_64,
+            policy: policy(boot),
         }
+    }
+}
+
+fn policy(boot: &BootInfo) -> Policy {
+    let chosen = match boot.driver & abi::driver::LINUX {
+        0 => Policy::default(),
+        _ => Policy::linux(),
+    };
+    Policy {
+        force_bbm: boot.driver & abi::driver::BIG_BLOCK != 0,
+        bbm_block_size: boot.bbm_block_size,
+        ..chosen
     }
 }
 
@@ -122,8 +141,15 @@ impl<P: Platform> Guest<P> {
         if !(1..=MAX_VCPUS).contains(&vcpu_count) {
             return Err(BootError::VcpuCount(vcpu_count));
         }
-        let mut hotplug = Hotplug::new(parameters.profile, platform.memory())?;
-        let driver = MemDriver::probe(transport, &mut hotplug, Policy::default())?;
+        let policy = parameters.policy;
+        let mut config = Config::new(parameters.profile);
+        if policy.auto_online.is_none() {
+            // Linux's driver leaves it to the core, and its users boot with `memhp_default_state=online_movable`.
+            config.default_online_type = Some(OnlineType::Movable);
+        }
+        // Boot memory is the program's own, the core has none of it.
+        let mut hotplug = Hotplug::boot(config, &Boot::default(), platform.memory())?;
+        let driver = MemDriver::probe(transport, &mut hotplug, policy)?;
         let need = driver.plugged_map().len().div_ceil(u64::from(u64::BITS));
         let have = platform.view().len();
         if need > have as u64 {
@@ -160,9 +186,8 @@ impl<P: Platform> Guest<P> {
             if !worked {
                 match progress {
                     Progress::Converging => {}
-                    Progress::Stalled { retry_at_ms, .. } => self.platform.wait(retry_at_ms),
-                    // The device is this machine's, and answers; see `Platform::wait`.
-                    _ => self.platform.wait(None),
+                    // For the time of a retry, or for a device that does not answer.
+                    _ => self.platform.wait(driver.deadline_ms()),
                 }
             }
         }
@@ -259,15 +284,21 @@ impl<P: Platform> Guest<P> {
         let pages_moved = hotplug.statistics().pages_migrated;
         drop(hotplug);
         let requested_size = driver.config().mutable.requested_size;
+        let unreachable = driver.unreachable();
         for (field, value) in [
             (&mailbox.requested_size, requested_size),
             (&mailbox.plugged_size, driver.plugged_size()),
             (&mailbox.online_size, online_size),
             (&mailbox.pages_moved, pages_moved),
             (&mailbox.requests, driver.counters().total_requests()),
+            (&mailbox.driver, driver_bits(driver)),
+            (&mailbox.granule_size, driver.granule_size()),
+            (&mailbox.unreachable, unreachable.map_or(0, |u| u.bytes)),
         ] {
             field.store(value, Ordering::Relaxed);
         }
+        let reason = shortfall(unreachable) as u32;
+        mailbox.unreachable_reason.store(reason, Ordering::Relaxed);
         let state = state_of(progress) as u32;
         mailbox.driver_state.store(state, Ordering::Relaxed);
         mailbox.report_done.store(request, Ordering::Release);
@@ -277,9 +308,38 @@ impl<P: Platform> Guest<P> {
 fn state_of(progress: Progress) -> DriverState {
     match progress {
         Progress::Converging | Progress::AwaitingDevice => DriverState::Converging,
-        Progress::Settled | Progress::Suspended => DriverState::Settled,
+        // Without a time for the next attempt only a new target helps: nobody but the driver brings memory online
+        // or offline here.
+        Progress::Settled
+        | Progress::Suspended
+        | Progress::Stalled {
+            retry_at_ms: None, ..
+        } => DriverState::Settled,
         Progress::Stalled { .. } => DriverState::Stalled,
         Progress::Failed(_) => DriverState::Failed,
+    }
+}
+
+fn driver_bits<H: Hal, T: Transport>(driver: &MemDriver<H, T>) -> u64 {
+    let linux = match driver.policy().strategy {
+        Strategy::Linux => abi::driver::LINUX,
+        Strategy::Direct => 0,
+    };
+    let big_block = match driver.mode() {
+        Mode::BigBlock => abi::driver::BIG_BLOCK,
+        Mode::SubBlock => 0,
+    };
+    linux | big_block
+}
+
+fn shortfall(unreachable: Option<Unreachable>) -> Shortfall {
+    match unreachable.map(|unreachable| unreachable.reason) {
+        None => Shortfall::None,
+        Some(UnreachableReason::Remainder { .. }) => Shortfall::Remainder,
+        Some(UnreachableReason::Capacity | UnreachableReason::Stalled(Stall::NoSpace)) => {
+            Shortfall::Capacity
+        }
+        Some(_) => Shortfall::Other,
     }
 }
 
