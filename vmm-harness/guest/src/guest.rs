@@ -89,8 +89,8 @@ pub struct Guest<P: Platform> {
     driver: SpinLock<MemDriver<P::Hal, P::Transport>>,
     /// Whether there may be memory soon: the other vCPUs stay awake.
     converging: AtomicBool,
-    /// The target, which the workers keep to.
-    requested_size: AtomicU64,
+    /// Bytes of memory there will be for sure, which the workers keep to.
+    lasting_size: AtomicU64,
 }
 
 impl<P: Platform> fmt::Debug for Guest<P> {
@@ -119,7 +119,7 @@ impl<P: Platform> Guest<P> {
                 hotplug: SpinLock::new(hotplug),
                 driver: SpinLock::new(driver),
                 converging: AtomicBool::new(true),
-                requested_size: AtomicU64::new(0),
+                lasting_size: AtomicU64::new(0),
             }),
             Err(error) => {
                 publish_failure(platform.mailbox(), error);
@@ -172,6 +172,7 @@ impl<P: Platform> Guest<P> {
         let mailbox = self.platform.mailbox();
         let mut driver = self.driver.lock(|| self.platform.relax());
         let mut worker = self.worker(0);
+        let mut in_use_since = None;
         while !self.take_command(0) {
             if mailbox.interrupt.load(Ordering::Relaxed) != 0 {
                 // Before the interrupt is taken: a vCPU that sees none then sees that there is work.
@@ -182,10 +183,28 @@ impl<P: Platform> Guest<P> {
             }
             let progress = self.poll(&mut driver);
             self.report(&driver, progress);
+            let in_use = matches!(
+                progress,
+                Progress::Stalled {
+                    reason: Stall::MemoryInUse,
+                    ..
+                }
+            );
             let worked = worker.slice(self.allowance());
+            if in_use {
+                let slices = *in_use_since.get_or_insert_with(|| self.slices());
+                if self.workers_let_go(&slices) {
+                    // As a kernel does that has reclaimed memory: it would be a pity to wait for so long.
+                    driver.retry();
+                    in_use_since = None;
+                }
+            } else {
+                in_use_since = None;
+            }
             if !worked {
                 match progress {
                     Progress::Converging => {}
+                    _ if in_use => self.platform.relax(),
                     // For the time of a retry, or for a device that does not answer.
                     _ => self.platform.wait(driver.deadline_ms()),
                 }
@@ -202,8 +221,15 @@ impl<P: Platform> Guest<P> {
         let mut hotplug = self.hotplug.lock(|| self.platform.relax());
         let progress = driver.poll(&mut hotplug, self.platform.now_ms());
         drop(hotplug);
-        let requested_size = driver.config().mutable.requested_size;
-        self.requested_size.store(requested_size, Ordering::Relaxed);
+        let lasting_size = match progress {
+            Progress::Settled => driver.plugged_size(),
+            // What no driver can split is lost or won at the end.
+            _ => {
+                let granules = driver.config().mutable.requested_size / driver.granule_size();
+                granules * driver.granule_size()
+            }
+        };
+        self.lasting_size.store(lasting_size, Ordering::Relaxed);
         let converging = state_of(progress) == DriverState::Converging;
         self.converging.store(converging, Ordering::Release);
         if let Progress::Failed(failure) = progress {
@@ -245,13 +271,29 @@ impl<P: Platform> Guest<P> {
         )
     }
 
-    /// Pages a worker may hold: all workers together half of the target, or there would be nowhere to move
-    /// pages to.
+    /// Pages a worker may hold: all workers together half of the memory that will be left, or there would be
+    /// nowhere to move pages to.
     fn allowance(&self) -> u64 {
-        let requested_size = self.requested_size.load(Ordering::Relaxed);
-        let pages = requested_size / 2 / self.parameters.profile.page_size();
+        let lasting_size = self.lasting_size.load(Ordering::Relaxed);
+        let pages = lasting_size / 2 / self.parameters.profile.page_size();
         let share = pages / self.parameters.vcpu_count as u64;
         share.min(self.parameters.worker_pages)
+    }
+
+    /// What each worker has got done.
+    fn slices(&self) -> [u64; MAX_VCPUS] {
+        let workers = &self.platform.mailbox().workers;
+        core::array::from_fn(|index| workers[index].slices.load(Ordering::Relaxed))
+    }
+
+    /// Whether no worker holds more than it may, nor the page it had in hand when it had got `slices` done.
+    fn workers_let_go(&self, slices: &[u64; MAX_VCPUS]) -> bool {
+        let workers = &self.platform.mailbox().workers;
+        workers.iter().zip(slices).all(|(worker, slices)| {
+            let held = worker.pages_held.load(Ordering::Relaxed);
+            let moved_on = worker.slices.load(Ordering::Relaxed) != *slices;
+            held == 0 || held <= self.allowance() && moved_on
+        })
     }
 
     /// Does what the host has told vCPU `index` to do; `true` if that is to stop.

@@ -1,11 +1,13 @@
 //! What must hold at every step. Each check has a name, and a failed one is an error that says it.
 
 use thiserror::Error;
-use virtio_mem::VirtioMem;
+use virtio_mem::{Counters, VirtioMem};
+use virtio_mem_wire::{Answer, RequestKind};
 
+use super::options::Plan;
 use super::residency::unplugged_resident;
 use super::{DemoError, Rogue};
-use crate::Report;
+use crate::{Report, Shortfall};
 
 /// A check that failed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -31,14 +33,64 @@ fn check(
     }
 }
 
-/// What must hold as soon as the guest says that it has settled on `target`.
-pub(super) fn reached(device: &VirtioMem, target: u64, report: &Report) -> Result<(), CheckFailed> {
+/// What a step has to come to.
+pub(super) struct Expected<'a> {
+    pub(super) plan: &'a Plan,
+    /// Bytes asked for.
+    pub(super) target: u64,
+    /// Bytes the driver can have plugged then: the target, but for what no driver of this kind can reach.
+    pub(super) plugged: u64,
+}
+
+/// What must hold of the driver before the first step.
+pub(super) fn driver(plan: &Plan, report: &Report) -> Result<(), CheckFailed> {
+    let asked = (
+        plan.policy.strategy,
+        plan.sizes.mode,
+        plan.sizes.granule_size,
+    );
+    let found = (report.strategy, report.mode, report.granule_size);
+    check("driver-is-as-asked", found == asked, || {
+        format!("{found:?} instead of {asked:?}")
+    })
+}
+
+/// What must hold as soon as the guest says that it has settled on a target.
+pub(super) fn reached(
+    device: &VirtioMem,
+    expected: &Expected<'_>,
+    report: &Report,
+) -> Result<(), CheckFailed> {
     let handle = device.handle();
+    let target = expected.target;
     let plugged = handle.status().plugged_size;
-    check("plugged-equals-target", plugged == target, || {
-        format!("{plugged} bytes are plugged, {target} were asked for")
+    check("plugged-equals-target", plugged == expected.plugged, || {
+        format!(
+            "{plugged} bytes are plugged, {target} were asked for and {} can be",
+            expected.plugged
+        )
     })?;
+    let granule_size = expected.plan.sizes.granule_size;
+    let reason = match target.abs_diff(plugged) {
+        0 => Shortfall::None,
+        bytes if bytes < granule_size => Shortfall::Remainder,
+        _ => Shortfall::Capacity,
+    };
+    let told = (report.unreachable, report.unreachable_reason);
+    check(
+        "unreachable-is-told",
+        told == (target.abs_diff(plugged), Some(reason)),
+        || format!("{told:?} at {plugged} bytes of {target}"),
+    )?;
     let bitmap = handle.plugged();
+    let geometry = device.geometry();
+    let torn = bitmap.runs().find(|run| {
+        let ends = [geometry.address(run.first), geometry.bytes(run.count)];
+        ends.iter().any(|end| !end.is_multiple_of(granule_size))
+    });
+    check("only-whole-granules", torn.is_none(), || {
+        format!("blocks {torn:?} are plugged in granules of {granule_size} bytes")
+    })?;
     check("guest-view-equals-bitmap", report.view == bitmap, || {
         format!(
             "the guest believes {} blocks in {} runs plugged, the device has {} in {}",
@@ -50,15 +102,15 @@ pub(super) fn reached(device: &VirtioMem, target: u64, report: &Report) -> Resul
     })
 }
 
-/// Everything that must hold once the guest has worked with `target` bytes for a while; the resident bytes measured on the way.
+/// Everything that must hold once the guest has worked in its memory for a while; the resident bytes measured on the way.
 pub(super) fn step(
     device: &VirtioMem,
-    target: u64,
+    expected: &Expected<'_>,
     plugged_before: u64,
     report: &Report,
 ) -> Result<u64, DemoError> {
     let handle = device.handle();
-    reached(device, target, report)?;
+    reached(device, expected, report)?;
     let plugged = handle.status().plugged_size;
     check(
         "online-equals-plugged",
@@ -72,7 +124,7 @@ pub(super) fn step(
     )?;
     no_page_lost(report)?;
     let resident = resident_within_plugged(device)?;
-    if target < plugged_before {
+    if plugged < plugged_before {
         let left = unplugged_resident(device)?;
         check("memory-is-back-with-the-host", left == 0, || {
             format!("{left} bytes are resident behind unplugged blocks")
@@ -83,10 +135,25 @@ pub(super) fn step(
     check("driver-speaks-the-protocol", broken == 0, || {
         format!("{counters:?}")
     })?;
+    let answered = requests(&counters);
+    check(
+        "requests-are-counted-alike",
+        report.requests == answered,
+        || format!("{} were sent, {answered} answered", report.requests),
+    )?;
     check("host-refused-nothing", counters.host_failures == 0, || {
         format!("{counters:?}")
     })?;
     Ok(resident)
+}
+
+/// Requests the device has answered.
+fn requests(counters: &Counters) -> u64 {
+    let all = RequestKind::ALL
+        .iter()
+        .flat_map(|kind| Answer::ALL.map(|answer| (*kind, answer)));
+    all.map(|(kind, answer)| counters.requests(kind, answer))
+        .sum()
 }
 
 fn no_page_lost(report: &Report) -> Result<(), CheckFailed> {
