@@ -195,6 +195,7 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         },
         seed: args.seed,
         rogue: args.rogue,
+        ..DemoOptions::default()
     };
     let summary = match args.json {
         true => {

@@ -201,3 +201,113 @@ pub(super) fn rogue(device: &VirtioMem, address: u64, rogue: &Rogue) -> Result<(
     resident_within_plugged(device)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use virtio_mem::Anonymous;
+    use virtio_mem_driver::driver::{Mode, Strategy};
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::demo::DemoOptions;
+    use crate::layout::REGION_START;
+    use crate::{GuestKind, Machine, MachineConfig};
+
+    const LONG: Duration = Duration::from_secs(60);
+    const TARGET: u64 = 6 << 20;
+
+    /// What makes a report wrong.
+    type Spoil = fn(&mut Report);
+
+    fn machine() -> Machine {
+        let config = MachineConfig {
+            guest: GuestKind::InProcess,
+            ..MachineConfig::default()
+        };
+        let backing = Anonymous::base_pages(1 << 30).unwrap();
+        let device = VirtioMem::builder(GuestAddress(REGION_START), backing).block_size(2 << 20);
+        let machine = Machine::start(&config, device).unwrap();
+        machine.handle().resize(TARGET).unwrap();
+        machine
+    }
+
+    fn plan(mode: Option<Mode>) -> Plan {
+        let options = DemoOptions {
+            region: 1 << 30,
+            mode,
+            ..DemoOptions::default()
+        };
+        Plan::new(&options).unwrap()
+    }
+
+    fn name(result: Result<impl Sized, DemoError>) -> &'static str {
+        match result {
+            Ok(_) => "none",
+            Err(DemoError::Check(failed)) => failed.name,
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn each_check_of_a_step_fails_by_its_name() {
+        let machine = machine();
+        let report = machine.settled(TARGET, LONG).unwrap();
+        let plan_as_run = plan(None);
+        let expected = Expected {
+            plan: &plan_as_run,
+            target: TARGET,
+            plugged: TARGET,
+        };
+        let found = |expected: &Expected<'_>, spoil: Spoil| {
+            let mut report = report.clone();
+            spoil(&mut report);
+            name(step(machine.device(), expected, 0, &report))
+        };
+        assert_eq!(found(&expected, |_| {}), "none");
+        let spoilt: [(&str, Spoil); 7] = [
+            ("unreachable-is-told", |r| r.unreachable = 2 << 20),
+            ("unreachable-is-told", |r| {
+                r.unreachable_reason = Some(Shortfall::Remainder);
+            }),
+            ("unreachable-is-told", |r| r.unreachable_reason = None),
+            ("guest-view-equals-bitmap", |r| r.view.clear()),
+            ("online-equals-plugged", |r| r.online_size -= 4096),
+            ("no-page-lost-or-wrong", |r| r.workers[1].pages_wrong = 1),
+            ("requests-are-counted-alike", |r| r.requests += 1),
+        ];
+        for (check, spoil) in spoilt {
+            assert_eq!(found(&expected, spoil), check);
+        }
+        let more = Expected {
+            plugged: 8 << 20,
+            ..expected
+        };
+        assert_eq!(found(&more, |_| {}), "plugged-equals-target");
+        let big_blocks = plan(Some(Mode::BigBlock));
+        let torn = Expected {
+            plan: &big_blocks,
+            ..expected
+        };
+        assert_eq!(found(&torn, |_| {}), "only-whole-granules");
+    }
+
+    #[test]
+    fn driver_that_is_not_as_asked_is_found() {
+        let machine = machine();
+        let report = machine.settled(TARGET, LONG).unwrap();
+        assert_eq!(driver(&plan(None), &report), Ok(()));
+        let spoilt: [Spoil; 3] = [
+            |r| r.strategy = Strategy::Linux,
+            |r| r.mode = Mode::BigBlock,
+            |r| r.granule_size *= 2,
+        ];
+        for spoil in spoilt {
+            let mut report = report.clone();
+            spoil(&mut report);
+            let failed = driver(&plan(None), &report).unwrap_err();
+            assert_eq!(failed.name, "driver-is-as-asked");
+        }
+    }
+}

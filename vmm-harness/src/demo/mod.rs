@@ -30,9 +30,6 @@ use crate::{
 /// second on an idle machine.
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Pages the workers verify at each size before the next step, if the size leaves them any.
-const PAGES_VERIFIED_PER_STEP: u64 = 200_000;
-
 /// Most pages a worker holds: 256 MiB.
 const WORKER_PAGES: u64 = 65_536;
 
@@ -240,7 +237,7 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
     let mut steps = Vec::new();
     let mut last = Moment::now(&machine, &handle, booted);
     for target in &plan.targets {
-        let (step, now) = step(&machine, &handle, &plan, *target, &last)?;
+        let (step, now) = step(&machine, &plan, *target, &last)?;
         table::row(out, &step)?;
         steps.push(step);
         last = now;
@@ -322,11 +319,11 @@ fn pages_verified(report: &Report) -> u64 {
 /// One resize: asks, waits until the driver has settled, lets the workers use what there is, and checks.
 fn step(
     machine: &Machine,
-    handle: &Handle,
     plan: &Plan,
     target: u64,
     last: &Moment,
 ) -> Result<(Step, Moment), DemoError> {
+    let handle = machine.handle();
     let failed = |source| DemoError::Guest {
         target: table::size(target),
         source,
@@ -345,7 +342,7 @@ fn step(
     checks::reached(machine.device(), &expected, &report)?;
     let goal = match expected.plugged {
         0 => 0,
-        _ => last.verified() + PAGES_VERIFIED_PER_STEP,
+        _ => last.verified() + plan.pages_per_step,
     };
     while pages_verified(&report) < goal {
         let left = STEP_TIMEOUT.saturating_sub(started.elapsed());
@@ -357,7 +354,7 @@ fn step(
         last.report.plugged_size,
         &report,
     )?;
-    let now = Moment::now(machine, handle, report);
+    let now = Moment::now(machine, &handle, report);
     let step = Step {
         target,
         plugged: now.report.plugged_size,
@@ -375,11 +372,11 @@ fn step(
 }
 
 fn unreachable(report: &Report) -> Option<Unreachable> {
-    let reason = match report.unreachable_reason {
-        Some(Shortfall::None) => return None,
-        Some(Shortfall::Remainder) => "less than the driver can plug or unplug",
-        Some(Shortfall::Capacity) => "no whole unit of the region is left",
-        Some(Shortfall::Other) | None => "for now",
+    let reason = match report.unreachable_reason? {
+        Shortfall::Remainder => "less than a granule",
+        Shortfall::Capacity => "no whole unit of the region is left",
+        // `checks::reached` lets nothing pass that is `Other`.
+        Shortfall::None | Shortfall::Other => return None,
     };
     Some(Unreachable {
         bytes: report.unreachable,

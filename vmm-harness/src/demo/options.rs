@@ -34,6 +34,8 @@ pub struct DemoOptions {
     pub bbm_block_size: Option<u64>,
     /// Sizes to ask for, in bytes, one after another; `None` is a choice that suits the driver.
     pub targets: Option<Vec<u64>>,
+    /// Pages the workers verify at each size before the next step, if the size leaves them any.
+    pub pages_per_step: u64,
     /// Number of vCPUs.
     pub vcpu_count: usize,
     /// Where the guest runs.
@@ -42,6 +44,27 @@ pub struct DemoOptions {
     pub seed: u64,
     /// Whether the guest finally touches an unplugged block.
     pub rogue: bool,
+}
+
+impl Default for DemoOptions {
+    /// What `vmem demo` runs.
+    fn default() -> Self {
+        Self {
+            boot_memory: 256 << 20,
+            region: 4 << 30,
+            block_size: 2 << 20,
+            backing: BackingKind::Anon,
+            strategy: Strategy::Direct,
+            mode: None,
+            bbm_block_size: None,
+            targets: None,
+            pages_per_step: 200_000,
+            vcpu_count: 2,
+            guest: GuestKind::Auto,
+            seed: 0,
+            rogue: false,
+        }
+    }
 }
 
 /// Host memory behind the region.
@@ -75,6 +98,7 @@ pub(super) struct Plan {
     pub(super) policy: Policy,
     pub(super) sizes: Sizes,
     pub(super) targets: Vec<u64>,
+    pub(super) pages_per_step: u64,
 }
 
 impl Plan {
@@ -103,6 +127,7 @@ impl Plan {
             policy,
             sizes,
             targets: Vec::new(),
+            pages_per_step: options.pages_per_step,
         };
         let capacity = plan.capacity();
         if capacity == 0 {
@@ -236,18 +261,9 @@ mod tests {
 
     fn options(strategy: Strategy, block_size: u64) -> DemoOptions {
         DemoOptions {
-            boot_memory: 256 * MIB,
-            region: 4 * GIB,
             block_size,
-            backing: BackingKind::Anon,
             strategy,
-            mode: None,
-            bbm_block_size: None,
-            targets: None,
-            vcpu_count: 2,
-            guest: GuestKind::InProcess,
-            seed: 0,
-            rogue: false,
+            ..DemoOptions::default()
         }
     }
 

@@ -33,18 +33,18 @@ pub(super) fn header(
         options.seed,
     )?;
     let strategy = match plan.policy.strategy {
-        Strategy::Direct => "direct, the fewest requests",
-        Strategy::Linux => "linux, its order and delays",
+        Strategy::Direct => "direct",
+        Strategy::Linux => "linux",
     };
     let (unit, granule) = (size(plan.sizes.unit_size), size(plan.sizes.granule_size));
     match plan.sizes.mode {
         Mode::SubBlock => writeln!(
             out,
-            "driver: {strategy}; Sub-Block Mode: memory blocks of {unit} in sub-blocks of {granule}"
+            "driver: policy {strategy}; Sub-Block Mode: memory blocks of {unit}, granules of {granule}"
         )?,
         Mode::BigBlock => writeln!(
             out,
-            "driver: {strategy}; Big-Block Mode: big blocks of {unit}"
+            "driver: policy {strategy}; Big-Block Mode: granules are big blocks of {unit}"
         )?,
     }
     writeln!(out)?;
@@ -66,7 +66,7 @@ pub(super) fn row(out: &mut dyn Write, step: &Step) -> io::Result<()> {
     }
     let unreachable = step.unreachable.map_or(String::new(), |unreachable| {
         format!(
-            "; {} out of reach: {}",
+            "; {} unreachable: {}",
             size(unreachable.bytes),
             unreachable.reason
         )
