@@ -17,8 +17,9 @@ use std::ops::Range;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use linux_loader::loader::{Elf, KernelLoader};
 use thiserror::Error;
+use virtio_mem_driver::driver::{Policy, Strategy};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
-use vmem_guest::abi::{BOOT_MAGIC, BootInfo};
+use vmem_guest::abi::{BOOT_MAGIC, BootInfo, driver};
 
 use crate::BootMemory;
 use crate::layout::{IMAGE_START, LARGE_PAGE, Layout, PAGE, PORT, VIRTIO_MMIO};
@@ -51,6 +52,7 @@ pub(crate) struct LoadedImage {
 pub(crate) struct GuestParameters {
     pub(crate) seed: u64,
     pub(crate) worker_pages: u64,
+    pub(crate) policy: Policy,
 }
 
 /// Loads the image where it is linked.
@@ -68,9 +70,9 @@ pub(crate) fn load_image(memory: &BootMemory, image: &[u8]) -> Result<LoadedImag
 #[repr(transparent)]
 struct RawBootInfo(BootInfo);
 
-const _: () = assert!(size_of::<BootInfo>() == 12 * size_of::<u64>());
+const _: () = assert!(size_of::<BootInfo>() == 14 * size_of::<u64>());
 
-// SAFETY: twelve numbers of 64 bits, any value of each valid, no padding (asserted above).
+// SAFETY: fourteen numbers of 64 bits, any value of each valid, no padding (asserted above).
 unsafe impl ByteValued for RawBootInfo {}
 
 /// Writes the boot information.
@@ -79,6 +81,17 @@ pub(crate) fn write_boot_info(
     layout: &Layout,
     parameters: GuestParameters,
 ) -> Result<BootInfo, BootError> {
+    let Policy {
+        strategy,
+        force_bbm,
+        bbm_block_size,
+        ..
+    } = parameters.policy;
+    let linux = match strategy {
+        Strategy::Linux => driver::LINUX,
+        Strategy::Direct => 0,
+    };
+    let big_block = if force_bbm { driver::BIG_BLOCK } else { 0 };
     let info = BootInfo {
         magic: BOOT_MAGIC,
         boot_memory_size: layout.boot_memory_size,
@@ -92,6 +105,8 @@ pub(crate) fn write_boot_info(
         vcpu_count: layout.vcpu_count as u64,
         seed: parameters.seed,
         worker_pages: parameters.worker_pages,
+        driver: linux | big_block,
+        bbm_block_size,
     };
     memory.write_obj(RawBootInfo(info), GuestAddress(layout.boot_info))?;
     Ok(info)

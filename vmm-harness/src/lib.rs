@@ -68,7 +68,7 @@ pub use outcome::{Crash, Outcome, UnpluggedAccess, VcpuError};
 pub use transport::{InterruptCounts, InterruptLine, MmioTransport};
 pub use vcpu::ExitCounts;
 pub use vm::VmError;
-pub use vmem_guest::abi::DriverState;
+pub use vmem_guest::abi::{DriverState, Shortfall};
 
 /// Memory the guest has from the start.
 pub type BootMemory = vm_memory::GuestMemoryMmap<()>;

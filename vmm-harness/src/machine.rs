@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use virtio_mem::{BuildError, Builder, Handle, KvmSlots, VirtioMem};
+use virtio_mem_driver::driver::Policy;
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{GuestAddress, GuestMemoryError};
 use vmem_guest::abi::{DriverState, command};
@@ -51,6 +52,8 @@ pub struct MachineConfig {
     pub seed: u64,
     /// Most pages one worker of the guest keeps allocated.
     pub worker_pages: u64,
+    /// Strategy and big blocks of the guest's driver. Added memory always goes to zone Movable.
+    pub policy: Policy,
     /// The program, a static ELF file linked to [`IMAGE_START`]. Used on KVM only: in this process the guest
     /// program is part of it.
     pub image: &'static [u8],
@@ -64,6 +67,7 @@ impl Default for MachineConfig {
             guest: GuestKind::Auto,
             seed: 0,
             worker_pages: 1024,
+            policy: Policy::default(),
             image: GUEST_IMAGE,
         }
     }
@@ -413,6 +417,7 @@ impl Parts {
             parameters: GuestParameters {
                 seed: config.seed,
                 worker_pages: config.worker_pages,
+                policy: config.policy,
             },
             mailbox,
             bus: Arc::new(bus),

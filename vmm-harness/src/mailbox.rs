@@ -11,9 +11,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use virtio_mem_driver::driver::{Mode, Strategy};
 use virtio_mem_wire::{BlockMap, BlockRange};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory};
-use vmem_guest::abi::{DriverState, Mailbox};
+use vmem_guest::abi::{DriverState, Mailbox, Shortfall, driver};
 
 use crate::BootMemory;
 use crate::layout::Layout;
@@ -95,6 +96,16 @@ pub struct Report {
     pub interrupts: u64,
     /// Requests the driver has sent.
     pub requests: u64,
+    /// The driver's strategy.
+    pub strategy: Strategy,
+    /// The driver's mode.
+    pub mode: Mode,
+    /// Bytes the driver plugs or unplugs at least.
+    pub granule_size: u64,
+    /// Bytes between the target and what is plugged, once the driver has settled.
+    pub unreachable: u64,
+    /// Why they are out of reach; `None` if the guest wrote a reason that does not exist.
+    pub unreachable_reason: Option<Shortfall>,
     /// What each worker has done, the vCPU index being the index.
     pub workers: Vec<WorkerReport>,
     /// The blocks the driver believes plugged. Bits beyond the region are left out.
@@ -130,6 +141,19 @@ impl SharedMailbox {
             pages_moved: load(&self.pages_moved),
             interrupts: load(&self.interrupts),
             requests: load(&self.requests),
+            strategy: match load(&self.driver) & driver::LINUX {
+                0 => Strategy::Direct,
+                _ => Strategy::Linux,
+            },
+            mode: match load(&self.driver) & driver::BIG_BLOCK {
+                0 => Mode::SubBlock,
+                _ => Mode::BigBlock,
+            },
+            granule_size: load(&self.granule_size),
+            unreachable: load(&self.unreachable),
+            unreachable_reason: Shortfall::from_value(
+                self.unreachable_reason.load(Ordering::Relaxed),
+            ),
             workers: self
                 .workers
                 .iter()

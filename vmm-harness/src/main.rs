@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use virtio_mem_driver::driver::{Mode, Strategy};
 use vmm_harness::GuestKind;
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
 use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
@@ -35,7 +36,7 @@ Sizes are bytes, or have a binary unit: 6M, 130MiB, 4G.
 RUST_LOG=debug shows what device and harness say on the way.
 
 Exit codes:
-  0  everything asked for was done and every check held
+  0  each size was reached as far as the driver can, and every check held
   1  a check failed, or something could not be done; the error names it
   2  the options are wrong
   3  the rogue guest was caught, as asked for with --rogue";
@@ -57,18 +58,21 @@ struct DemoArgs {
     /// Size of a device block, a power of two
     #[arg(long, value_name = "SIZE", default_value = "2M", value_parser = parse_size)]
     block_size: u64,
+    /// In which order the guest's driver plugs and unplugs
+    #[arg(long, value_enum, default_value_t = Policy::Direct)]
+    policy: Policy,
+    /// How the guest's driver deals with blocks; by default sbm where that is possible
+    #[arg(long, value_enum)]
+    mode: Option<DriverMode>,
+    /// Size of a big block, a power of two; by default the larger of a block and a memory block
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    bbm_block_size: Option<u64>,
     /// Host memory behind the region
     #[arg(long, value_enum, default_value_t = Backing::Anon)]
     backing: Backing,
-    /// Sizes to ask for, one after another
-    #[arg(
-        long,
-        value_name = "SIZE,…",
-        default_value = "1G,130M,2G,6M,0",
-        value_delimiter = ',',
-        value_parser = parse_size
-    )]
-    targets: Vec<u64>,
+    /// Sizes to ask for, one after another; by default 1G,130M,2G,6M,0, rounded up to what the driver can do
+    #[arg(long, value_name = "SIZE,…", value_delimiter = ',', value_parser = parse_size)]
+    targets: Option<Vec<u64>>,
     /// Number of vCPUs, all of which work in the memory
     #[arg(long, value_name = "N", default_value_t = 2)]
     vcpus: usize,
@@ -107,6 +111,22 @@ enum Guest {
     Kvm,
     /// In this process
     InProcess,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Policy {
+    /// The fewest requests, several in flight, retries after milliseconds
+    Direct,
+    /// Linux's order, one request at a time, retries after 50 s or more
+    Linux,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DriverMode {
+    /// Sub-Block Mode: memory blocks of 128 MiB may be plugged in part; for blocks up to 64 MiB
+    Sbm,
+    /// Big-Block Mode: one or more memory blocks are plugged as a whole
+    Bbm,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -157,6 +177,15 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
             Backing::Memfd => BackingKind::Memfd,
             Backing::Hugetlb2m => BackingKind::Hugetlb2m,
         },
+        strategy: match args.policy {
+            Policy::Direct => Strategy::Direct,
+            Policy::Linux => Strategy::Linux,
+        },
+        mode: args.mode.map(|mode| match mode {
+            DriverMode::Sbm => Mode::SubBlock,
+            DriverMode::Bbm => Mode::BigBlock,
+        }),
+        bbm_block_size: args.bbm_block_size,
         targets: args.targets.clone(),
         vcpu_count: args.vcpus,
         guest: match args.guest {
@@ -166,6 +195,7 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         },
         seed: args.seed,
         rogue: args.rogue,
+        ..DemoOptions::default()
     };
     let summary = match args.json {
         true => {

@@ -113,6 +113,10 @@ fn json_has_what_the_table_has() {
         .map(|step| step["plugged"].as_u64().unwrap())
         .collect();
     assert_eq!(plugged, [64 << 20, 6 << 20, 0]);
+    assert_eq!(summary["driver"]["policy"], "direct");
+    assert_eq!(summary["driver"]["mode"], "sbm");
+    assert_eq!(summary["driver"]["granule_size"], 2 << 20);
+    assert_eq!(steps[0]["unreachable"], Value::Null);
     assert_eq!(steps[0]["requests"][0]["request"], "plug");
     assert_eq!(steps[0]["requests"][0]["answer"], "ack");
     assert!(summary["pages_verified"].as_u64().unwrap() > 0);
@@ -138,7 +142,7 @@ fn options_can_be_given_without_naming_the_demo() {
 
 #[test]
 fn bad_options_are_clear_errors_with_exit_code_2() {
-    let cases: [(&[&str], &str); 18] = [
+    let cases: [(&[&str], &str); 23] = [
         (&["--block-size", "3M"], "not a power of two"),
         (&["--block-size", "0"], "not a power of two"),
         (&["--block-size", "1K"], "smaller than a page"),
@@ -164,8 +168,23 @@ fn bad_options_are_clear_errors_with_exit_code_2() {
         (&["--boot-memory", "99999999999999999999G"], "invalid value"),
         (&["--boot-memory", "268435457"], "not a multiple of 2 MiB"),
         (
-            &["--block-size", "256M"],
-            "exceeds a memory block of the guest, 128 MiB",
+            &["--block-size", "256M", "--mode", "sbm"],
+            "Sub-Block Mode needs at least two device blocks in a memory block of the guest, which has 128 MiB: \
+             a block size of 256 MiB is too large, 64 MiB is the largest",
+        ),
+        (&["--policy", "windows"], "invalid value 'windows'"),
+        (&["--mode", "huge"], "invalid value 'huge'"),
+        (
+            &["--bbm-block-size", "256M"],
+            "ask for that with --mode bbm",
+        ),
+        (
+            &["--mode", "bbm", "--bbm-block-size", "192M"],
+            "big blocks of 192 MiB are not possible, only powers of two from 128 MiB",
+        ),
+        (
+            &["--mode", "bbm", "--bbm-block-size", "16G"],
+            "the region of 4 GiB at 4 GiB holds no whole big block of 16 GiB",
         ),
         (
             &["--targets", "4G", "--rogue"],
@@ -187,9 +206,9 @@ fn bad_options_are_clear_errors_with_exit_code_2() {
     }
 }
 
-/// Less than the driver can plug: it settles short of the target, and the check that says so is named at once.
+/// Less than the driver can plug: it settles short of the target, and says so.
 #[test]
-fn failed_check_is_named_with_exit_code_1() {
+fn what_cannot_be_reached_is_in_the_table() {
     let args = [
         "--guest",
         "in-process",
@@ -199,9 +218,55 @@ fn failed_check_is_named_with_exit_code_1() {
         "1M",
     ];
     let (code, stdout, stderr) = vmem(&args);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(
+        stdout.contains(
+            "driver: policy direct; Sub-Block Mode: memory blocks of 128 MiB, granules of 2 MiB\n"
+        ),
+        "{stdout}"
+    );
+    assert_eq!(rows(&stdout)[0][..4].join(" "), "1 MiB 0 B");
+    assert!(
+        stdout.contains("  none; 1 MiB unreachable: less than a granule\n"),
+        "{stdout}"
+    );
+}
+
+#[test]
+fn policy_and_mode_are_as_asked() {
+    let args = [
+        "--guest",
+        "in-process",
+        "--policy",
+        "linux",
+        "--mode",
+        "bbm",
+        "--bbm-block-size",
+        "256M",
+        "--targets",
+        "1G",
+    ];
+    let (code, stdout, stderr) = vmem(&args);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(
+        stdout
+            .contains("driver: policy linux; Big-Block Mode: granules are big blocks of 256 MiB\n"),
+        "{stdout}"
+    );
+    assert!(stdout.contains("  4 plug ack\n"), "{stdout}");
+    assert!(
+        stdout.contains("ok: 1 steps, every check held at each; 4 requests;"),
+        "{stdout}"
+    );
+}
+
+#[test]
+fn what_the_host_cannot_do_is_named_with_exit_code_1() {
+    // No process has so much address space in one piece.
+    let (code, stdout, stderr) = vmem(&["--guest", "in-process", "--region", "126T"]);
     assert_eq!(code, 1, "{stdout}{stderr}");
     assert!(
-        stderr.contains("check `plugged-equals-target` failed"),
+        stderr.contains("host memory for a region of 126 TiB"),
         "{stderr}"
     );
 }
@@ -216,6 +281,9 @@ fn help_says_what_there_is() {
         "--targets",
         "--rogue",
         "--guest",
+        "--policy",
+        "--mode",
+        "--bbm-block-size",
         "--json",
         "Exit codes:",
     ] {

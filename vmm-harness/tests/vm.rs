@@ -36,6 +36,7 @@ fn config(vcpu_count: usize, behaviour: u64, argument: u64) -> MachineConfig {
         seed: behaviour,
         worker_pages: argument,
         image: PROBE,
+        ..MachineConfig::default()
     }
 }
 

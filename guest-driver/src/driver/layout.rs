@@ -24,6 +24,39 @@ pub enum Mode {
     BigBlock,
 }
 
+/// What the driver makes of a device, a machine and a policy, before there is a driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Sub-Block Mode, if at least two sub-blocks fit into a memory block and the policy does not forbid it.
+    pub mode: Mode,
+    /// Bytes of a unit: what is added and removed at a time.
+    pub unit_size: u64,
+    /// Bytes of a granule: the least that is plugged or unplugged.
+    pub granule_size: u64,
+}
+
+impl Sizes {
+    /// For device blocks of `block_size` bytes on a machine with `profile` (Linux: `virtio_mem_init`).
+    #[must_use]
+    pub fn new(block_size: u64, profile: &Profile, policy: &Policy) -> Self {
+        let memory_block_size = profile.memory_block_size();
+        let sub_block_size = block_size.max(profile.pageblock_size());
+        if sub_block_size < memory_block_size && !policy.force_bbm {
+            return Self {
+                mode: Mode::SubBlock,
+                unit_size: memory_block_size,
+                granule_size: sub_block_size,
+            };
+        }
+        let size = big_block_size(block_size.max(memory_block_size), policy);
+        Self {
+            mode: Mode::BigBlock,
+            unit_size: size,
+            granule_size: size,
+        }
+    }
+}
+
 /// The sizes of the mode.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Layout {
@@ -44,14 +77,11 @@ impl Layout {
     pub(super) fn new(geometry: Geometry, profile: &Profile, policy: &Policy) -> Self {
         let block_size = geometry.block_size();
         let memory_block_size = profile.memory_block_size();
-        let sub_block_size = block_size.max(profile.pageblock_size());
-        let (mode, unit_size, granule_size) =
-            if sub_block_size < memory_block_size && !policy.force_bbm {
-                (Mode::SubBlock, memory_block_size, sub_block_size)
-            } else {
-                let size = big_block_size(block_size.max(memory_block_size), policy);
-                (Mode::BigBlock, size, size)
-            };
+        let Sizes {
+            mode,
+            unit_size,
+            granule_size,
+        } = Sizes::new(block_size, profile, policy);
         let granule_blocks = granule_size / block_size;
         let most = u64::from(MAX_BLOCKS_PER_REQUEST);
         Self {

@@ -63,7 +63,7 @@ pub use config::ConfigReadError;
 pub use counters::Counters;
 pub use dump::DumpView;
 pub use events::Event;
-pub use layout::Mode;
+pub use layout::{Mode, Sizes};
 pub use policy::{Policy, Strategy};
 pub use probe::ProbeError;
 pub use progress::{Failure, Progress, ResyncReason, Stall, Unreachable, UnreachableReason};

@@ -6,7 +6,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// First field of [`BootInfo`], so that an image built for another layout stops at once.
-pub const BOOT_MAGIC: u64 = 0x7631_6d65_6d76_0001;
+pub const BOOT_MAGIC: u64 = 0x7631_6d65_6d76_0002;
 
 /// How the guest finds its world. One per guest, in boot memory; the guest only reads it.
 ///
@@ -40,6 +40,18 @@ pub struct BootInfo {
     pub seed: u64,
     /// Most pages one worker keeps allocated.
     pub worker_pages: u64,
+    /// What the driver is to be: bits of [`driver`].
+    pub driver: u64,
+    /// Bytes of a big block, see [`Policy::bbm_block_size`](virtio_mem_driver::driver::Policy::bbm_block_size).
+    pub bbm_block_size: u64,
+}
+
+/// Bits of [`BootInfo::driver`], which asks, and of [`Mailbox::driver`], which says what has become of it.
+pub mod driver {
+    /// [`Strategy::Linux`](virtio_mem_driver::driver::Strategy::Linux), else `Direct`.
+    pub const LINUX: u64 = 1 << 0;
+    /// Big-Block Mode: asked for even where Sub-Block Mode is possible.
+    pub const BIG_BLOCK: u64 = 1 << 1;
 }
 
 /// Port registers, 32 bits each, offsets from [`BootInfo::port`].
@@ -72,7 +84,8 @@ pub enum DriverState {
     Booting = 0,
     /// Plugging or unplugging towards the target.
     Converging = 1,
-    /// As close to the target as this driver can get, and nothing in flight.
+    /// As close to the target as this driver can get, and nothing in flight; what it lacks is in
+    /// [`Mailbox::unreachable`].
     Settled = 2,
     /// Cannot get on for now (memory in use, device busy); will try again.
     Stalled = 3,
@@ -90,6 +103,34 @@ impl DriverState {
             2 => Self::Settled,
             3 => Self::Stalled,
             4 => Self::Failed,
+            _ => return None,
+        })
+    }
+}
+
+/// Why part of a target is out of reach. Values of [`Mailbox::unreachable_reason`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Shortfall {
+    /// Nothing is out of reach.
+    None = 0,
+    /// Less than the driver can plug or unplug.
+    Remainder = 1,
+    /// No whole memory block, or big block, of the region is left.
+    Capacity = 2,
+    /// Something that may pass.
+    Other = 3,
+}
+
+impl Shortfall {
+    /// The shortfall with this value.
+    #[must_use]
+    pub const fn from_value(value: u32) -> Option<Self> {
+        Some(match value {
+            0 => Self::None,
+            1 => Self::Remainder,
+            2 => Self::Capacity,
+            3 => Self::Other,
             _ => return None,
         })
     }
@@ -148,6 +189,14 @@ pub struct Mailbox {
     pub interrupts: AtomicU64,
     /// Guest: requests sent.
     pub requests: AtomicU64,
+    /// Guest: bits of [`driver`].
+    pub driver: AtomicU64,
+    /// Guest: bytes the driver plugs or unplugs at least.
+    pub granule_size: AtomicU64,
+    /// Guest: bytes between the target and what is plugged, once the driver has settled.
+    pub unreachable: AtomicU64,
+    /// Guest: a [`Shortfall`].
+    pub unreachable_reason: AtomicU32,
     /// Guest: one per worker, the vCPU index being the index.
     pub workers: [WorkerCounters; MAX_VCPUS],
     /// Guest: why it panicked or failed, UTF-8.

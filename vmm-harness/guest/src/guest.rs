@@ -4,11 +4,15 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use thiserror::Error;
-use virtio_mem_driver::driver::{MemDriver, Policy, ProbeError, Progress};
-use virtio_mem_driver::hotplug::{self, Hotplug, Profile};
+use virtio_drivers::Hal;
+use virtio_drivers::transport::Transport;
+use virtio_mem_driver::driver::{
+    MemDriver, Mode, Policy, ProbeError, Progress, Stall, Strategy, Unreachable, UnreachableReason,
+};
+use virtio_mem_driver::hotplug::{self, Boot, Config, Hotplug, OnlineType, Profile};
 use virtio_mem_wire::{BlockMap, BlockRange, BlockState};
 
-use crate::abi::{BootInfo, DriverState, MAX_VCPUS, Mailbox, command};
+use crate::abi::{self, BootInfo, DriverState, MAX_VCPUS, Mailbox, Shortfall, command};
 use crate::lock::SpinLock;
 use crate::message::write_message;
 use crate::platform::Platform;
@@ -25,6 +29,8 @@ pub struct Parameters {
     pub seed: u64,
     /// Sizes of the machine.
     pub profile: Profile,
+    /// What the driver may choose.
+    pub policy: Policy,
 }
 
 impl From<&BootInfo> for Parameters {
@@ -35,7 +41,20 @@ impl From<&BootInfo> for Parameters {
             worker_pages: boot.worker_pages,
             seed: boot.seed,
             profile: Profile::X86_64,
+            policy: policy(boot),
         }
+    }
+}
+
+fn policy(boot: &BootInfo) -> Policy {
+    let chosen = match boot.driver & abi::driver::LINUX {
+        0 => Policy::default(),
+        _ => Policy::linux(),
+    };
+    Policy {
+        force_bbm: boot.driver & abi::driver::BIG_BLOCK != 0,
+        bbm_block_size: boot.bbm_block_size,
+        ..chosen
     }
 }
 
@@ -70,8 +89,8 @@ pub struct Guest<P: Platform> {
     driver: SpinLock<MemDriver<P::Hal, P::Transport>>,
     /// Whether there may be memory soon: the other vCPUs stay awake.
     converging: AtomicBool,
-    /// The target, which the workers keep to.
-    requested_size: AtomicU64,
+    /// Bytes of memory there will be for sure, which the workers keep to.
+    lasting_size: AtomicU64,
 }
 
 impl<P: Platform> fmt::Debug for Guest<P> {
@@ -100,7 +119,7 @@ impl<P: Platform> Guest<P> {
                 hotplug: SpinLock::new(hotplug),
                 driver: SpinLock::new(driver),
                 converging: AtomicBool::new(true),
-                requested_size: AtomicU64::new(0),
+                lasting_size: AtomicU64::new(0),
             }),
             Err(error) => {
                 publish_failure(platform.mailbox(), error);
@@ -122,8 +141,15 @@ impl<P: Platform> Guest<P> {
         if !(1..=MAX_VCPUS).contains(&vcpu_count) {
             return Err(BootError::VcpuCount(vcpu_count));
         }
-        let mut hotplug = Hotplug::new(parameters.profile, platform.memory())?;
-        let driver = MemDriver::probe(transport, &mut hotplug, Policy::default())?;
+        let policy = parameters.policy;
+        let mut config = Config::new(parameters.profile);
+        if policy.auto_online.is_none() {
+            // Linux's driver leaves it to the core, and its users boot with `memhp_default_state=online_movable`.
+            config.default_online_type = Some(OnlineType::Movable);
+        }
+        // Boot memory is the program's own, the core has none of it.
+        let mut hotplug = Hotplug::boot(config, &Boot::default(), platform.memory())?;
+        let driver = MemDriver::probe(transport, &mut hotplug, policy)?;
         let need = driver.plugged_map().len().div_ceil(u64::from(u64::BITS));
         let have = platform.view().len();
         if need > have as u64 {
@@ -146,6 +172,7 @@ impl<P: Platform> Guest<P> {
         let mailbox = self.platform.mailbox();
         let mut driver = self.driver.lock(|| self.platform.relax());
         let mut worker = self.worker(0);
+        let mut in_use_since = None;
         while !self.take_command(0) {
             if mailbox.interrupt.load(Ordering::Relaxed) != 0 {
                 // Before the interrupt is taken: a vCPU that sees none then sees that there is work.
@@ -156,13 +183,30 @@ impl<P: Platform> Guest<P> {
             }
             let progress = self.poll(&mut driver);
             self.report(&driver, progress);
+            let in_use = matches!(
+                progress,
+                Progress::Stalled {
+                    reason: Stall::MemoryInUse,
+                    ..
+                }
+            );
             let worked = worker.slice(self.allowance());
+            if in_use {
+                let slices = *in_use_since.get_or_insert_with(|| self.slices());
+                if self.workers_let_go(&slices) {
+                    // As a kernel does that has reclaimed memory: it would be a pity to wait for so long.
+                    driver.retry();
+                    in_use_since = None;
+                }
+            } else {
+                in_use_since = None;
+            }
             if !worked {
                 match progress {
                     Progress::Converging => {}
-                    Progress::Stalled { retry_at_ms, .. } => self.platform.wait(retry_at_ms),
-                    // The device is this machine's, and answers; see `Platform::wait`.
-                    _ => self.platform.wait(None),
+                    _ if in_use => self.platform.relax(),
+                    // For the time of a retry, or for a device that does not answer.
+                    _ => self.platform.wait(driver.deadline_ms()),
                 }
             }
         }
@@ -177,8 +221,15 @@ impl<P: Platform> Guest<P> {
         let mut hotplug = self.hotplug.lock(|| self.platform.relax());
         let progress = driver.poll(&mut hotplug, self.platform.now_ms());
         drop(hotplug);
-        let requested_size = driver.config().mutable.requested_size;
-        self.requested_size.store(requested_size, Ordering::Relaxed);
+        let lasting_size = match progress {
+            Progress::Settled => driver.plugged_size(),
+            // What no driver can split is lost or won at the end.
+            _ => {
+                let granules = driver.config().mutable.requested_size / driver.granule_size();
+                granules * driver.granule_size()
+            }
+        };
+        self.lasting_size.store(lasting_size, Ordering::Relaxed);
         let converging = state_of(progress) == DriverState::Converging;
         self.converging.store(converging, Ordering::Release);
         if let Progress::Failed(failure) = progress {
@@ -220,13 +271,29 @@ impl<P: Platform> Guest<P> {
         )
     }
 
-    /// Pages a worker may hold: all workers together half of the target, or there would be nowhere to move
-    /// pages to.
+    /// Pages a worker may hold: all workers together half of the memory that will be left, or there would be
+    /// nowhere to move pages to.
     fn allowance(&self) -> u64 {
-        let requested_size = self.requested_size.load(Ordering::Relaxed);
-        let pages = requested_size / 2 / self.parameters.profile.page_size();
+        let lasting_size = self.lasting_size.load(Ordering::Relaxed);
+        let pages = lasting_size / 2 / self.parameters.profile.page_size();
         let share = pages / self.parameters.vcpu_count as u64;
         share.min(self.parameters.worker_pages)
+    }
+
+    /// What each worker has got done.
+    fn slices(&self) -> [u64; MAX_VCPUS] {
+        let workers = &self.platform.mailbox().workers;
+        core::array::from_fn(|index| workers[index].slices.load(Ordering::Relaxed))
+    }
+
+    /// Whether no worker holds more than it may, nor the page it had in hand when it had got `slices` done.
+    fn workers_let_go(&self, slices: &[u64; MAX_VCPUS]) -> bool {
+        let workers = &self.platform.mailbox().workers;
+        workers.iter().zip(slices).all(|(worker, slices)| {
+            let held = worker.pages_held.load(Ordering::Relaxed);
+            let moved_on = worker.slices.load(Ordering::Relaxed) != *slices;
+            held == 0 || held <= self.allowance() && moved_on
+        })
     }
 
     /// Does what the host has told vCPU `index` to do; `true` if that is to stop.
@@ -259,15 +326,21 @@ impl<P: Platform> Guest<P> {
         let pages_moved = hotplug.statistics().pages_migrated;
         drop(hotplug);
         let requested_size = driver.config().mutable.requested_size;
+        let unreachable = driver.unreachable();
         for (field, value) in [
             (&mailbox.requested_size, requested_size),
             (&mailbox.plugged_size, driver.plugged_size()),
             (&mailbox.online_size, online_size),
             (&mailbox.pages_moved, pages_moved),
             (&mailbox.requests, driver.counters().total_requests()),
+            (&mailbox.driver, driver_bits(driver)),
+            (&mailbox.granule_size, driver.granule_size()),
+            (&mailbox.unreachable, unreachable.map_or(0, |u| u.bytes)),
         ] {
             field.store(value, Ordering::Relaxed);
         }
+        let reason = shortfall(unreachable) as u32;
+        mailbox.unreachable_reason.store(reason, Ordering::Relaxed);
         let state = state_of(progress) as u32;
         mailbox.driver_state.store(state, Ordering::Relaxed);
         mailbox.report_done.store(request, Ordering::Release);
@@ -277,9 +350,38 @@ impl<P: Platform> Guest<P> {
 fn state_of(progress: Progress) -> DriverState {
     match progress {
         Progress::Converging | Progress::AwaitingDevice => DriverState::Converging,
-        Progress::Settled | Progress::Suspended => DriverState::Settled,
+        // Without a time for the next attempt only a new target helps: nobody but the driver brings memory online
+        // or offline here.
+        Progress::Settled
+        | Progress::Suspended
+        | Progress::Stalled {
+            retry_at_ms: None, ..
+        } => DriverState::Settled,
         Progress::Stalled { .. } => DriverState::Stalled,
         Progress::Failed(_) => DriverState::Failed,
+    }
+}
+
+fn driver_bits<H: Hal, T: Transport>(driver: &MemDriver<H, T>) -> u64 {
+    let linux = match driver.policy().strategy {
+        Strategy::Linux => abi::driver::LINUX,
+        Strategy::Direct => 0,
+    };
+    let big_block = match driver.mode() {
+        Mode::BigBlock => abi::driver::BIG_BLOCK,
+        Mode::SubBlock => 0,
+    };
+    linux | big_block
+}
+
+fn shortfall(unreachable: Option<Unreachable>) -> Shortfall {
+    match unreachable.map(|unreachable| unreachable.reason) {
+        None => Shortfall::None,
+        Some(UnreachableReason::Remainder { .. }) => Shortfall::Remainder,
+        Some(UnreachableReason::Capacity | UnreachableReason::Stalled(Stall::NoSpace)) => {
+            Shortfall::Capacity
+        }
+        Some(_) => Shortfall::Other,
     }
 }
 

@@ -1,11 +1,13 @@
 //! What must hold at every step. Each check has a name, and a failed one is an error that says it.
 
 use thiserror::Error;
-use virtio_mem::VirtioMem;
+use virtio_mem::{Counters, VirtioMem};
+use virtio_mem_wire::{Answer, RequestKind};
 
+use super::options::Plan;
 use super::residency::unplugged_resident;
 use super::{DemoError, Rogue};
-use crate::Report;
+use crate::{Report, Shortfall};
 
 /// A check that failed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -31,14 +33,64 @@ fn check(
     }
 }
 
-/// What must hold as soon as the guest says that it has settled on `target`.
-pub(super) fn reached(device: &VirtioMem, target: u64, report: &Report) -> Result<(), CheckFailed> {
+/// What a step has to come to.
+pub(super) struct Expected<'a> {
+    pub(super) plan: &'a Plan,
+    /// Bytes asked for.
+    pub(super) target: u64,
+    /// Bytes the driver can have plugged then: the target, but for what no driver of this kind can reach.
+    pub(super) plugged: u64,
+}
+
+/// What must hold of the driver before the first step.
+pub(super) fn driver(plan: &Plan, report: &Report) -> Result<(), CheckFailed> {
+    let asked = (
+        plan.policy.strategy,
+        plan.sizes.mode,
+        plan.sizes.granule_size,
+    );
+    let found = (report.strategy, report.mode, report.granule_size);
+    check("driver-is-as-asked", found == asked, || {
+        format!("{found:?} instead of {asked:?}")
+    })
+}
+
+/// What must hold as soon as the guest says that it has settled on a target.
+pub(super) fn reached(
+    device: &VirtioMem,
+    expected: &Expected<'_>,
+    report: &Report,
+) -> Result<(), CheckFailed> {
     let handle = device.handle();
+    let target = expected.target;
     let plugged = handle.status().plugged_size;
-    check("plugged-equals-target", plugged == target, || {
-        format!("{plugged} bytes are plugged, {target} were asked for")
+    check("plugged-equals-target", plugged == expected.plugged, || {
+        format!(
+            "{plugged} bytes are plugged, {target} were asked for and {} can be",
+            expected.plugged
+        )
     })?;
+    let granule_size = expected.plan.sizes.granule_size;
+    let reason = match target.abs_diff(plugged) {
+        0 => Shortfall::None,
+        bytes if bytes < granule_size => Shortfall::Remainder,
+        _ => Shortfall::Capacity,
+    };
+    let told = (report.unreachable, report.unreachable_reason);
+    check(
+        "unreachable-is-told",
+        told == (target.abs_diff(plugged), Some(reason)),
+        || format!("{told:?} at {plugged} bytes of {target}"),
+    )?;
     let bitmap = handle.plugged();
+    let geometry = device.geometry();
+    let torn = bitmap.runs().find(|run| {
+        let ends = [geometry.address(run.first), geometry.bytes(run.count)];
+        ends.iter().any(|end| !end.is_multiple_of(granule_size))
+    });
+    check("only-whole-granules", torn.is_none(), || {
+        format!("blocks {torn:?} are plugged in granules of {granule_size} bytes")
+    })?;
     check("guest-view-equals-bitmap", report.view == bitmap, || {
         format!(
             "the guest believes {} blocks in {} runs plugged, the device has {} in {}",
@@ -50,15 +102,15 @@ pub(super) fn reached(device: &VirtioMem, target: u64, report: &Report) -> Resul
     })
 }
 
-/// Everything that must hold once the guest has worked with `target` bytes for a while; the resident bytes measured on the way.
+/// Everything that must hold once the guest has worked in its memory for a while; the resident bytes measured on the way.
 pub(super) fn step(
     device: &VirtioMem,
-    target: u64,
+    expected: &Expected<'_>,
     plugged_before: u64,
     report: &Report,
 ) -> Result<u64, DemoError> {
     let handle = device.handle();
-    reached(device, target, report)?;
+    reached(device, expected, report)?;
     let plugged = handle.status().plugged_size;
     check(
         "online-equals-plugged",
@@ -72,7 +124,7 @@ pub(super) fn step(
     )?;
     no_page_lost(report)?;
     let resident = resident_within_plugged(device)?;
-    if target < plugged_before {
+    if plugged < plugged_before {
         let left = unplugged_resident(device)?;
         check("memory-is-back-with-the-host", left == 0, || {
             format!("{left} bytes are resident behind unplugged blocks")
@@ -83,10 +135,25 @@ pub(super) fn step(
     check("driver-speaks-the-protocol", broken == 0, || {
         format!("{counters:?}")
     })?;
+    let answered = requests(&counters);
+    check(
+        "requests-are-counted-alike",
+        report.requests == answered,
+        || format!("{} were sent, {answered} answered", report.requests),
+    )?;
     check("host-refused-nothing", counters.host_failures == 0, || {
         format!("{counters:?}")
     })?;
     Ok(resident)
+}
+
+/// Requests the device has answered.
+fn requests(counters: &Counters) -> u64 {
+    let all = RequestKind::ALL
+        .iter()
+        .flat_map(|kind| Answer::ALL.map(|answer| (*kind, answer)));
+    all.map(|(kind, answer)| counters.requests(kind, answer))
+        .sum()
 }
 
 fn no_page_lost(report: &Report) -> Result<(), CheckFailed> {
@@ -133,4 +200,114 @@ pub(super) fn rogue(device: &VirtioMem, address: u64, rogue: &Rogue) -> Result<(
     )?;
     resident_within_plugged(device)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use virtio_mem::Anonymous;
+    use virtio_mem_driver::driver::{Mode, Strategy};
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::demo::DemoOptions;
+    use crate::layout::REGION_START;
+    use crate::{GuestKind, Machine, MachineConfig};
+
+    const LONG: Duration = Duration::from_secs(60);
+    const TARGET: u64 = 6 << 20;
+
+    /// What makes a report wrong.
+    type Spoil = fn(&mut Report);
+
+    fn machine() -> Machine {
+        let config = MachineConfig {
+            guest: GuestKind::InProcess,
+            ..MachineConfig::default()
+        };
+        let backing = Anonymous::base_pages(1 << 30).unwrap();
+        let device = VirtioMem::builder(GuestAddress(REGION_START), backing).block_size(2 << 20);
+        let machine = Machine::start(&config, device).unwrap();
+        machine.handle().resize(TARGET).unwrap();
+        machine
+    }
+
+    fn plan(mode: Option<Mode>) -> Plan {
+        let options = DemoOptions {
+            region: 1 << 30,
+            mode,
+            ..DemoOptions::default()
+        };
+        Plan::new(&options).unwrap()
+    }
+
+    fn name(result: Result<impl Sized, DemoError>) -> &'static str {
+        match result {
+            Ok(_) => "none",
+            Err(DemoError::Check(failed)) => failed.name,
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn each_check_of_a_step_fails_by_its_name() {
+        let machine = machine();
+        let report = machine.settled(TARGET, LONG).unwrap();
+        let plan_as_run = plan(None);
+        let expected = Expected {
+            plan: &plan_as_run,
+            target: TARGET,
+            plugged: TARGET,
+        };
+        let found = |expected: &Expected<'_>, spoil: Spoil| {
+            let mut report = report.clone();
+            spoil(&mut report);
+            name(step(machine.device(), expected, 0, &report))
+        };
+        assert_eq!(found(&expected, |_| {}), "none");
+        let spoilt: [(&str, Spoil); 7] = [
+            ("unreachable-is-told", |r| r.unreachable = 2 << 20),
+            ("unreachable-is-told", |r| {
+                r.unreachable_reason = Some(Shortfall::Remainder);
+            }),
+            ("unreachable-is-told", |r| r.unreachable_reason = None),
+            ("guest-view-equals-bitmap", |r| r.view.clear()),
+            ("online-equals-plugged", |r| r.online_size -= 4096),
+            ("no-page-lost-or-wrong", |r| r.workers[1].pages_wrong = 1),
+            ("requests-are-counted-alike", |r| r.requests += 1),
+        ];
+        for (check, spoil) in spoilt {
+            assert_eq!(found(&expected, spoil), check);
+        }
+        let more = Expected {
+            plugged: 8 << 20,
+            ..expected
+        };
+        assert_eq!(found(&more, |_| {}), "plugged-equals-target");
+        let big_blocks = plan(Some(Mode::BigBlock));
+        let torn = Expected {
+            plan: &big_blocks,
+            ..expected
+        };
+        assert_eq!(found(&torn, |_| {}), "only-whole-granules");
+    }
+
+    #[test]
+    fn driver_that_is_not_as_asked_is_found() {
+        let machine = machine();
+        let report = machine.settled(TARGET, LONG).unwrap();
+        assert_eq!(driver(&plan(None), &report), Ok(()));
+        let spoilt: [Spoil; 3] = [
+            |r| r.strategy = Strategy::Linux,
+            |r| r.mode = Mode::BigBlock,
+            |r| r.granule_size *= 2,
+        ];
+        for spoil in spoilt {
+            let mut report = report.clone();
+            spoil(&mut report);
+            let failed = driver(&plan(None), &report).unwrap_err();
+            assert_eq!(failed.name, "driver-is-as-asked");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! The main job: a guest that works in its memory while it is grown and shrunk, checked at every step.
 
 mod checks;
+mod options;
 mod residency;
 mod table;
 
@@ -9,78 +10,28 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use thiserror::Error;
-use virtio_mem::{Anonymous, Backing, Counters, Handle, Hugetlb, Memfd, VirtioMem};
-use virtio_mem_wire::{Answer, Geometry, RequestKind};
+use virtio_mem::{Counters, Handle, VirtioMem};
+use virtio_mem_driver::driver::{Mode, Strategy};
+use virtio_mem_wire::{Answer, RequestKind};
 use vm_memory::GuestAddress;
 
 pub use checks::CheckFailed;
+pub use options::{BackingKind, DemoOptions};
 
+use self::options::Plan;
 use self::residency::unplugged_resident;
-use crate::layout::{LARGE_PAGE, REGION_START};
+use crate::layout::REGION_START;
 use crate::{
-    GUEST_IMAGE, GuestKind, InterruptCounts, Machine, MachineConfig, Outcome, Report, ReportError,
-    StartError, UnpluggedAccess,
+    InterruptCounts, Machine, MachineConfig, Outcome, Report, ReportError, Shortfall, StartError,
+    UnpluggedAccess,
 };
 
 /// How long a step may take before it counts as stuck. Not a measure of anything: a step takes well under a
 /// second on an idle machine.
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Pages the workers verify at each size before the next step, if the size leaves them any.
-const PAGES_VERIFIED_PER_STEP: u64 = 200_000;
-
-/// The guest's memory block: its driver works with blocks up to this size.
-const MAX_BLOCK_SIZE: u64 = 128 << 20;
-
 /// Most pages a worker holds: 256 MiB.
 const WORKER_PAGES: u64 = 65_536;
-
-/// What to run.
-#[derive(Clone, Debug)]
-pub struct DemoOptions {
-    /// Bytes of memory the guest has from the start.
-    pub boot_memory: u64,
-    /// Bytes of the device-managed region.
-    pub region: u64,
-    /// Bytes per device block.
-    pub block_size: u64,
-    /// Host memory behind the region.
-    pub backing: BackingKind,
-    /// Sizes to ask for, in bytes, one after another.
-    pub targets: Vec<u64>,
-    /// Number of vCPUs.
-    pub vcpu_count: usize,
-    /// Where the guest runs.
-    pub guest: GuestKind,
-    /// Seed of everything the guest chooses at random.
-    pub seed: u64,
-    /// Whether the guest finally touches an unplugged block.
-    pub rogue: bool,
-}
-
-/// Host memory behind the region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BackingKind {
-    /// Private anonymous memory in base pages.
-    Anon,
-    /// Private anonymous memory in transparent huge pages.
-    Thp,
-    /// Shared memory in base pages.
-    Memfd,
-    /// 2 MiB pages from the host's pool.
-    Hugetlb2m,
-}
-
-impl BackingKind {
-    fn map(self, region: u64) -> io::Result<Box<dyn Backing>> {
-        Ok(match self {
-            Self::Anon => Box::new(Anonymous::base_pages(region)?),
-            Self::Thp => Box::new(Anonymous::thp(region)?),
-            Self::Memfd => Box::new(Memfd::new(region)?),
-            Self::Hugetlb2m => Box::new(Hugetlb::pages_2m(region)?),
-        })
-    }
-}
 
 /// The demonstration did not come to its end.
 #[derive(Debug, Error)]
@@ -151,6 +102,8 @@ pub struct Step {
     pub target: u64,
     /// Bytes plugged.
     pub plugged: u64,
+    /// Bytes of the target that are out of the driver's reach, and why.
+    pub unreachable: Option<Unreachable>,
     /// Bytes of hotplugged memory the guest's page allocator works with.
     pub online: u64,
     /// Bytes of host memory behind the region.
@@ -169,6 +122,15 @@ pub struct Step {
     pub resize_ms: f64,
 }
 
+/// What the driver says of the part of a target it cannot reach.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Unreachable {
+    /// Bytes between the target and what is plugged.
+    pub bytes: u64,
+    /// Why.
+    pub reason: &'static str,
+}
+
 /// Requests of one type with one answer.
 #[derive(Clone, Debug, Serialize)]
 pub struct RequestCount {
@@ -185,12 +147,43 @@ pub struct RequestCount {
 pub struct Summary {
     /// What the guest ran on.
     pub backend: String,
+    /// What the guest says its driver is.
+    pub driver: Driver,
     /// Every step.
     pub steps: Vec<Step>,
     /// The forbidden access, if one was asked for.
     pub rogue: Option<Rogue>,
+    /// Requests in all.
+    pub requests: u64,
     /// Pages verified in all, and none was wrong.
     pub pages_verified: u64,
+}
+
+/// The guest's driver.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Driver {
+    /// `direct` or `linux`.
+    pub policy: &'static str,
+    /// `sbm` or `bbm`.
+    pub mode: &'static str,
+    /// Bytes it plugs or unplugs at least.
+    pub granule_size: u64,
+}
+
+impl From<&Report> for Driver {
+    fn from(report: &Report) -> Self {
+        Self {
+            policy: match report.strategy {
+                Strategy::Direct => "direct",
+                Strategy::Linux => "linux",
+            },
+            mode: match report.mode {
+                Mode::SubBlock => "sbm",
+                Mode::BigBlock => "bbm",
+            },
+            granule_size: report.granule_size,
+        }
+    }
 }
 
 /// A guest reached for memory it had not plugged.
@@ -214,8 +207,8 @@ pub struct Rogue {
 ///
 /// [`DemoError`]: bad options, a guest that does not start or get on, or a failed check with its name.
 pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoError> {
-    check_options(options)?;
-    check_pool(options)?;
+    let plan = Plan::new(options)?;
+    check_pool(options, &plan)?;
     let backing = options.backing.map(options.region);
     let backing =
         backing.map_err(|error| DemoError::Backing(table::size(options.region), error))?;
@@ -227,15 +220,24 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
         guest: options.guest,
         seed: options.seed,
         worker_pages: WORKER_PAGES,
+        policy: plan.policy,
         ..MachineConfig::default()
     };
     let machine = Machine::start(&config, device)?;
-    table::header(out, &machine, options)?;
     let handle = machine.handle();
+    let booted = machine
+        .settled(0, STEP_TIMEOUT)
+        .map_err(|source| DemoError::Guest {
+            target: table::size(0),
+            source,
+        })?;
+    checks::driver(&plan, &booted)?;
+    let driver = Driver::from(&booted);
+    table::header(out, &machine, options, &plan)?;
     let mut steps = Vec::new();
-    let mut last = Moment::now(&machine, &handle, machine.progress());
-    for target in &options.targets {
-        let (step, now) = step(&machine, &handle, *target, &last)?;
+    let mut last = Moment::now(&machine, &handle, booted);
+    for target in &plan.targets {
+        let (step, now) = step(&machine, &plan, *target, &last)?;
         table::row(out, &step)?;
         steps.push(step);
         last = now;
@@ -245,8 +247,10 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
     }
     let mut summary = Summary {
         backend: machine.backend().to_string(),
+        driver,
         steps,
         rogue: None,
+        requests: last.report.requests,
         pages_verified: last.verified(),
     };
     match options.rogue {
@@ -263,64 +267,16 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
     Ok(summary)
 }
 
-fn check_options(options: &DemoOptions) -> Result<(), DemoError> {
-    Geometry::new(REGION_START, options.region, options.block_size)
-        .map_err(|error| DemoError::Options(error.to_string()))?;
-    // What an empty guest needs; the exact sum, which depends on the image, is the layout's business.
-    if options.boot_memory < 2 * LARGE_PAGE + GUEST_IMAGE.len() as u64 {
-        return Err(DemoError::Options(format!(
-            "boot memory of {} does not hold the guest program",
-            table::size(options.boot_memory)
-        )));
-    }
-    if !options.boot_memory.is_multiple_of(LARGE_PAGE) {
-        return Err(DemoError::Options(format!(
-            "boot memory of {} bytes is not a multiple of {}",
-            options.boot_memory,
-            table::size(LARGE_PAGE)
-        )));
-    }
-    if options.block_size > MAX_BLOCK_SIZE {
-        return Err(DemoError::Options(format!(
-            "block size {} exceeds a memory block of the guest, {}",
-            table::size(options.block_size),
-            table::size(MAX_BLOCK_SIZE)
-        )));
-    }
-    if options.rogue && options.targets.last() == Some(&options.region) {
-        return Err(DemoError::Options(
-            "every block will be plugged, none is left for the rogue guest to touch".into(),
-        ));
-    }
-    for target in &options.targets {
-        if *target > options.region {
-            return Err(DemoError::Options(format!(
-                "target {} exceeds the region of {}",
-                table::size(*target),
-                table::size(options.region)
-            )));
-        }
-        if !target.is_multiple_of(options.block_size) {
-            return Err(DemoError::Options(format!(
-                "target {} is not a multiple of the block size {}",
-                table::size(*target),
-                table::size(options.block_size)
-            )));
-        }
-    }
-    Ok(())
-}
-
 /// Plugging more than the pool of huge pages holds is BUSY, and the demonstration would wait for somebody to
 /// fill it.
-fn check_pool(options: &DemoOptions) -> Result<(), DemoError> {
+fn check_pool(options: &DemoOptions, plan: &Plan) -> Result<(), DemoError> {
     const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
     if options.backing != BackingKind::Hugetlb2m {
         return Ok(());
     }
     let text = std::fs::read_to_string(POOL).unwrap_or_default();
     let free: u64 = text.trim().parse().unwrap_or(0);
-    let needed = options
+    let needed = plan
         .targets
         .iter()
         .max()
@@ -363,10 +319,11 @@ fn pages_verified(report: &Report) -> u64 {
 /// One resize: asks, waits until the driver has settled, lets the workers use what there is, and checks.
 fn step(
     machine: &Machine,
-    handle: &Handle,
+    plan: &Plan,
     target: u64,
     last: &Moment,
 ) -> Result<(Step, Moment), DemoError> {
+    let handle = machine.handle();
     let failed = |source| DemoError::Guest {
         target: table::size(target),
         source,
@@ -377,20 +334,31 @@ fn step(
         .map_err(|error| DemoError::Options(error.to_string()))?;
     let mut report = machine.settled(target, STEP_TIMEOUT).map_err(failed)?;
     let resize_time = started.elapsed();
-    checks::reached(machine.device(), target, &report)?;
-    let goal = match target {
+    let expected = checks::Expected {
+        plan,
+        target,
+        plugged: plan.reachable(target, last.report.plugged_size),
+    };
+    checks::reached(machine.device(), &expected, &report)?;
+    let goal = match expected.plugged {
         0 => 0,
-        _ => last.verified() + PAGES_VERIFIED_PER_STEP,
+        _ => last.verified() + plan.pages_per_step,
     };
     while pages_verified(&report) < goal {
         let left = STEP_TIMEOUT.saturating_sub(started.elapsed());
         report = machine.settled(target, left).map_err(failed)?;
     }
-    let resident = checks::step(machine.device(), target, last.report.plugged_size, &report)?;
-    let now = Moment::now(machine, handle, report);
+    let resident = checks::step(
+        machine.device(),
+        &expected,
+        last.report.plugged_size,
+        &report,
+    )?;
+    let now = Moment::now(machine, &handle, report);
     let step = Step {
         target,
         plugged: now.report.plugged_size,
+        unreachable: unreachable(&now.report),
         online: now.report.online_size,
         resident,
         requests: requests_between(&last.counters, &now.counters),
@@ -401,6 +369,19 @@ fn step(
         resize_ms: resize_time.as_secs_f64() * 1e3,
     };
     Ok((step, now))
+}
+
+fn unreachable(report: &Report) -> Option<Unreachable> {
+    let reason = match report.unreachable_reason? {
+        Shortfall::Remainder => "less than a granule",
+        Shortfall::Capacity => "no whole unit of the region is left",
+        // `checks::reached` lets nothing pass that is `Other`.
+        Shortfall::None | Shortfall::Other => return None,
+    };
+    Some(Unreachable {
+        bytes: report.unreachable,
+        reason,
+    })
 }
 
 fn requests_between(before: &Counters, after: &Counters) -> Vec<RequestCount> {

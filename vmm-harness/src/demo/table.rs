@@ -3,7 +3,9 @@
 use std::io::{self, Write};
 
 use bytesize::ByteSize;
+use virtio_mem_driver::driver::{Mode, Strategy};
 
+use super::options::Plan;
 use super::{DemoOptions, Rogue, Step, Summary};
 use crate::Machine;
 use crate::layout::REGION_START;
@@ -18,6 +20,7 @@ pub(super) fn header(
     out: &mut dyn Write,
     machine: &Machine,
     options: &DemoOptions,
+    plan: &Plan,
 ) -> io::Result<()> {
     writeln!(out, "backend: {}", machine.backend())?;
     writeln!(
@@ -29,6 +32,21 @@ pub(super) fn header(
         size(options.block_size),
         options.seed,
     )?;
+    let strategy = match plan.policy.strategy {
+        Strategy::Direct => "direct",
+        Strategy::Linux => "linux",
+    };
+    let (unit, granule) = (size(plan.sizes.unit_size), size(plan.sizes.granule_size));
+    match plan.sizes.mode {
+        Mode::SubBlock => writeln!(
+            out,
+            "driver: policy {strategy}; Sub-Block Mode: memory blocks of {unit}, granules of {granule}"
+        )?,
+        Mode::BigBlock => writeln!(
+            out,
+            "driver: policy {strategy}; Big-Block Mode: granules are big blocks of {unit}"
+        )?,
+    }
     writeln!(out)?;
     writeln!(
         out,
@@ -38,14 +56,24 @@ pub(super) fn header(
 }
 
 pub(super) fn row(out: &mut dyn Write, step: &Step) -> io::Result<()> {
-    let requests: Vec<_> = step
+    let mut requests: Vec<_> = step
         .requests
         .iter()
         .map(|count| format!("{} {} {}", count.count, count.request, count.answer))
         .collect();
+    if requests.is_empty() {
+        requests.push("none".into());
+    }
+    let unreachable = step.unreachable.map_or(String::new(), |unreachable| {
+        format!(
+            "; {} unreachable: {}",
+            size(unreachable.bytes),
+            unreachable.reason
+        )
+    });
     writeln!(
         out,
-        "{:>9} {:>9} {:>9} {:>10} {:>11} {:>9} {:>8} {:>6.0} ms  {}",
+        "{:>9} {:>9} {:>9} {:>10} {:>11} {:>9} {:>8} {:>6.0} ms  {}{unreachable}",
         size(step.target),
         size(step.plugged),
         size(step.online),
@@ -66,8 +94,9 @@ pub(super) fn end(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "ok: {} steps, every check held at each; {} tagged pages verified, none lost or wrong",
+        "ok: {} steps, every check held at each; {} requests; {} tagged pages verified, none lost or wrong",
         summary.steps.len(),
+        summary.requests,
         summary.pages_verified
     )
 }

@@ -8,7 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtio_mem_driver::hotplug::Profile;
+use virtio_mem_driver::driver::{Policy, Strategy};
+use virtio_mem_driver::hotplug::{OnlineType, Profile};
 use virtio_mem_wire::{BlockMap, BlockRange};
 use vmem_guest::abi::{DriverState, Mailbox, command};
 use vmem_guest::{Guest, Parameters, Platform};
@@ -22,6 +23,11 @@ pub(crate) const PARAMETERS: Parameters = Parameters {
     worker_pages: 4096,
     seed: 0x5eed,
     profile: Profile::X86_64,
+    policy: Policy {
+        strategy: Strategy::Direct,
+        auto_online: Some(OnlineType::Movable),
+        ..Policy::linux()
+    },
 };
 
 /// Far more than anything here takes: only a guest that hangs gets there.
@@ -45,10 +51,12 @@ pub(crate) struct TestPlatform {
     sleepers: Arc<Sleepers>,
     touched: Mutex<Vec<(usize, u64)>>,
     start: Instant,
+    /// Milliseconds of the guest's clock in one of ours.
+    clock_rate: u64,
 }
 
 impl TestPlatform {
-    pub(crate) fn new(device: &Arc<Device>, view_words: usize) -> Self {
+    pub(crate) fn new(device: &Arc<Device>, view_words: usize, clock_rate: u64) -> Self {
         Self {
             device: Arc::clone(device),
             // SAFETY: A mailbox is made of atomic integers.
@@ -57,6 +65,7 @@ impl TestPlatform {
             sleepers: Arc::default(),
             touched: Mutex::default(),
             start: Instant::now(),
+            clock_rate,
         }
     }
 
@@ -94,7 +103,7 @@ impl Platform for &TestPlatform {
     }
 
     fn now_ms(&self) -> u64 {
-        u64::try_from(self.start.elapsed().as_millis()).unwrap()
+        u64::try_from(self.start.elapsed().as_millis()).unwrap() * self.clock_rate
     }
 
     fn wait(&self, deadline_ms: Option<u64>) {
@@ -110,7 +119,9 @@ impl Platform for &TestPlatform {
             if pending || rest == Some(0) {
                 break;
             }
-            let rest = rest.map_or(PATIENCE, Duration::from_millis);
+            let rest = rest.map_or(PATIENCE, |left| {
+                Duration::from_millis(left.div_ceil(self.clock_rate))
+            });
             count = self.sleepers.wake.wait_timeout(count, rest).unwrap().0;
         }
         *count -= 1;
@@ -138,8 +149,18 @@ impl<'a> Host<'a> {
         parameters: Parameters,
         test: impl FnOnce(&Host<'_>),
     ) {
+        Self::run_with_clock(device, parameters, 1, test);
+    }
+
+    /// As [`run`](Self::run), with a clock that goes `clock_rate` times as fast.
+    pub(crate) fn run_with_clock(
+        device: &'a Arc<Device>,
+        parameters: Parameters,
+        clock_rate: u64,
+        test: impl FnOnce(&Host<'_>),
+    ) {
         let words = device.state().plugged.len().div_ceil(64) as usize;
-        let platform = TestPlatform::new(device, words);
+        let platform = TestPlatform::new(device, words, clock_rate);
         let transport = FakeTransport(Arc::clone(device));
         let guest = Guest::boot(&platform, transport, parameters).unwrap();
         let host = Host {
@@ -251,5 +272,10 @@ impl<'a> Host<'a> {
 
     pub(crate) fn message(&self) -> String {
         self.platform.message()
+    }
+
+    /// The state of the last report, or of a failure since.
+    pub(crate) fn driver_state(&self) -> DriverState {
+        self.platform.driver_state()
     }
 }

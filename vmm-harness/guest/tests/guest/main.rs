@@ -14,13 +14,14 @@ mod support;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use virtio_mem_driver::driver::{Policy, Strategy};
 use virtio_mem_driver::hotplug::Profile;
 use virtio_mem_wire::Answer;
 use vmem_guest::abi::{DriverState, MAX_VCPUS, command};
 use vmem_guest::{BootError, Guest, Parameters};
 
 use host::{Host, PARAMETERS, TestPlatform};
-use support::device::{Device, FakeTransport, Misbehave};
+use support::device::{Device, Event, FakeTransport, Misbehave};
 use support::{GIB, MIB};
 
 #[test]
@@ -125,6 +126,56 @@ fn busy_device_is_asked_again() {
     });
 }
 
+/// A vCPU that sleeps until the device answers wakes by itself when it is too late for that.
+#[test]
+fn device_that_does_not_answer_is_noticed_by_a_sleeping_guest() {
+    for policy in [PARAMETERS.policy, Policy::linux()] {
+        let parameters = Parameters {
+            policy,
+            ..PARAMETERS
+        };
+        let device = Device::new(4 * GIB, GIB, 2 * MIB);
+        Host::run_with_clock(&device, parameters, 1000, |host| {
+            host.resize(0);
+            device.state().hold = true;
+            device.request(64 * MIB);
+            match policy.strategy {
+                Strategy::Linux => {
+                    host.until(|| host.driver_state() == DriverState::Failed);
+                    assert_eq!(host.message(), "the device does not answer");
+                }
+                Strategy::Direct => {
+                    // Another reset than that of the probe; it asks what is plugged, and goes on.
+                    let resets = || {
+                        let reset = |event: &&Event| matches!(event, Event::Status(0));
+                        device.state().events.iter().filter(reset).count()
+                    };
+                    host.until(|| resets() > 1);
+                    device.state().hold = false;
+                    host.resize(64 * MIB);
+                }
+            }
+        });
+    }
+}
+
+/// Linux's driver waits for 50 s when the device is busy, and so does who polls it.
+#[test]
+fn busy_device_is_asked_again_after_linuxs_delay() {
+    let parameters = Parameters {
+        policy: Policy::linux(),
+        ..PARAMETERS
+    };
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    let busy = Misbehave::Answer(Answer::Busy);
+    device.state().misbehave.push_back(busy);
+    Host::run_with_clock(&device, parameters, 1000, |host| {
+        host.resize(256 * MIB);
+        // One in each memory block.
+        assert_eq!(host.mailbox().requests.load(Ordering::Relaxed), 3);
+    });
+}
+
 #[test]
 fn one_vcpu_is_enough() {
     let parameters = Parameters {
@@ -143,7 +194,7 @@ fn one_vcpu_is_enough() {
 fn guest_that_cannot_start_says_why() {
     let device = Device::new(4 * GIB, GIB, 2 * MIB);
     let boot = |parameters, view_words| {
-        let platform = TestPlatform::new(&device, view_words);
+        let platform = TestPlatform::new(&device, view_words, 1);
         let transport = FakeTransport(Arc::clone(&device));
         let error = Guest::boot(&platform, transport, parameters).unwrap_err();
         assert_eq!(platform.message(), error.to_string());
