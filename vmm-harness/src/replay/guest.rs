@@ -20,7 +20,9 @@ use virtio_mem_driver::hotplug::{
 use super::ReplayError;
 use super::acpi::{Attached, PendingEject};
 use super::boot::Plan;
+use super::follow::MemDevice;
 use super::inputs::Inputs;
+use super::requests::RecordedDevice;
 use super::snapshot::Snapshot;
 use super::step::{Op, Outcome, Step};
 use super::trace::{BlockRow, PAGE_SIZE, ZoneRow, impossible};
@@ -61,6 +63,8 @@ pub(super) struct Guest {
     uevents: Arc<Mutex<Vec<String>>>,
     pub(super) vetoes: Arc<Mutex<Vetoes>>,
     pub(super) dimms: BTreeMap<String, Attached>,
+    pub(super) plan_device: Option<RecordedDevice>,
+    pub(super) mem_device: Option<MemDevice>,
     pub(super) ejects: VecDeque<PendingEject>,
     /// Slots of DIMMs, as the machine has named them.
     pub(super) slots: BTreeMap<String, String>,
@@ -94,6 +98,8 @@ impl Guest {
             uevents: Arc::default(),
             vetoes: Arc::default(),
             dimms: BTreeMap::new(),
+            plan_device: plan.device,
+            mem_device: None,
             ejects: VecDeque::new(),
             slots: BTreeMap::new(),
             taken: BTreeSet::new(),
@@ -151,6 +157,14 @@ impl Guest {
         let mut asked = None;
         match &step.op {
             Op::Other => {}
+            Op::Probe { out } => self.probe(out, &mut checks)?,
+            Op::Resize(size) => {
+                let device = self
+                    .mem_device
+                    .as_ref()
+                    .ok_or("there is no device to resize")?;
+                device.resize(*size)?;
+            }
             Op::AddDimm(dimm) => {
                 // The result is the machine's; whether the guest took it is seen from the blocks.
                 if step.result == Some(Outcome::Success) {
@@ -193,6 +207,7 @@ impl Guest {
             }
         }
         self.continue_ejects(step, asked, &mut checks)?;
+        self.follow_requests(step, &mut checks)?;
         Ok((outcome, checks))
     }
 
