@@ -3,7 +3,7 @@
 use virtio_mem_driver::driver::Policy;
 use virtio_mem_driver::hotplug::Error;
 
-use super::follow::MemDevice;
+use super::follow::{Course, MemDevice};
 use super::guest::{Check, Guest, lock};
 use super::shell::{self, Printed};
 use super::step::Step;
@@ -181,7 +181,7 @@ impl Guest {
                 .filter_map(|line| line.split_once("virtio_mem ")?.1.split_once(": "));
             lines.find_map(|(_, rest)| rest.strip_prefix(key)?.strip_prefix(": 0x"))
         };
-        for (name, value) in device.granule() {
+        if let Some((name, value)) = device.granule() {
             checks.push(Check {
                 subject: "driver".into(),
                 field: name,
@@ -194,15 +194,20 @@ impl Guest {
     }
 
     /// The driver does what is left to do after a step.
-    pub(super) fn follow_requests(
+    pub(super) fn finish_requests(
         &mut self,
         step: &Step,
+        mut course: Course<'_>,
         checks: &mut Vec<Check>,
     ) -> Result<(), String> {
         let Some(device) = &mut self.mem_device else {
             return Ok(());
         };
-        device.follow(&mut self.hotplug, &step.requests, &mut self.inputs, checks)?;
+        device.finish(&mut self.hotplug, &mut course)?;
+        let (requests, inputs) = course.counts();
+        self.requests += requests;
+        self.inputs += inputs;
+        checks.append(&mut course.checks);
         let (requested, plugged) = device.sizes();
         for (field, expected, got) in [
             ("requested_size", step.requested_size, requested),

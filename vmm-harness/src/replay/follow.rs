@@ -6,16 +6,20 @@
 //! kernel has stopped there (ENOMEM, or all that was left was in use). Everything else, and so what is tried in which
 //! order, is the driver's own doing.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use virtio_mem_driver::driver::{Mode, Policy, Progress};
 use virtio_mem_driver::hotplug::{BlockState, Error, Fault, Hotplug, Step as Point};
-use virtio_mem_wire::Request;
+use virtio_mem_wire::{Request, Span};
 
 use super::guest::{Check, NoContents};
 use super::inputs::Inputs;
 use super::requests::{Exchange, Recorded, RecordedDevice};
 use super::rig::{Driver, Rig, RigError};
+
+/// The clocks of the machine, which the requests were timed with, and of its guest may differ by so much.
+const CLOCK_ERROR_MS: u64 = 1000;
 
 /// The device, and the driver while there is one.
 pub(super) struct MemDevice {
@@ -27,12 +31,28 @@ pub(super) struct MemDevice {
     now_ms: u64,
 }
 
-/// What the driver wants to take out of use.
+/// The requests of one step: what was recorded, and how far the driver has come.
 #[derive(Debug)]
-struct Attempt {
-    range: Range<u64>,
-    /// How the recording says that ends, if not well.
-    told: Option<Error>,
+pub(super) struct Course<'a> {
+    recorded: &'a [Recorded],
+    /// The recorder did not wait until the driver had done all it could.
+    cut_short: bool,
+    /// The next recorded request.
+    next: usize,
+    /// What the driver is about to take out of use, and how the recording says that ends, if not well.
+    attempt: Option<(Range<u64>, Option<Error>)>,
+    /// What was taken from the recording.
+    places: BTreeSet<(u64, u64)>,
+    /// Of these, the first since the last request.
+    passed: Option<Range<u64>>,
+    inputs: Inputs,
+    pub(super) checks: Vec<Check>,
+}
+
+/// Why the driver does nothing, and until when.
+struct Resting {
+    reason: String,
+    retry_at_ms: Option<u64>,
 }
 
 impl MemDevice {
@@ -102,69 +122,80 @@ impl MemDevice {
         Some((name, driver.granule_size()))
     }
 
-    /// Lets the driver work until it rests, and compares what it asks for with what was recorded. Returns at the
-    /// first difference.
-    pub(super) fn follow(
+    /// The retry timer may have run out before the operation of a step: a driver that tries again then still works
+    /// towards what was requested before.
+    pub(super) fn retry(
         &mut self,
         hotplug: &mut Hotplug<NoContents>,
-        recorded: &[Recorded],
-        inputs: &mut Inputs,
-        checks: &mut Vec<Check>,
+        course: &mut Course<'_>,
     ) -> Result<(), String> {
-        let mut next = 0;
-        let mut attempt: Option<Attempt> = None;
-        // Of what was taken from the recording since the last request, the first.
-        let mut passed: Option<Range<u64>> = None;
-        let mut places = Vec::new();
+        let retry_at_ms = self.driver.as_ref().and_then(Driver::deadline_ms);
+        let unplugs = course
+            .expected()
+            .is_some_and(|first| matches!(first.exchange.request, Request::Unplug(_)));
+        if unplugs && course.waits_until(retry_at_ms) {
+            self.let_time_pass(retry_at_ms, course);
+            self.run(hotplug, course)?;
+        }
+        Ok(())
+    }
+
+    /// The driver does what is left to do after the operation of a step.
+    pub(super) fn finish(
+        &mut self,
+        hotplug: &mut Hotplug<NoContents>,
+        course: &mut Course<'_>,
+    ) -> Result<(), String> {
         let mut waited_for = None;
-        loop {
-            let Some(driver) = &mut self.driver else {
-                checks.extend(missing(recorded, next, "the driver is not bound"));
-                return Ok(());
-            };
+        while let Some(Resting {
+            reason,
+            retry_at_ms,
+        }) = self.run(hotplug, course)?
+        {
+            if course.expected().is_none() {
+                break;
+            }
+            if waited_for == Some(course.next) || !course.waits_until(retry_at_ms) {
+                course.missing(&reason);
+                break;
+            }
+            waited_for = Some(course.next);
+            self.let_time_pass(retry_at_ms, course);
+        }
+        Ok(())
+    }
+
+    fn let_time_pass(&mut self, retry_at_ms: Option<u64>, course: &mut Course<'_>) {
+        let then = course.expected().map(|next| next.at_ms);
+        self.now_ms = self.now_ms.max(then.max(retry_at_ms).unwrap_or(0));
+        course.inputs.retries += 1;
+    }
+
+    /// Lets the driver work until it rests. `None` at a difference, or where the recording ends.
+    fn run(
+        &mut self,
+        hotplug: &mut Hotplug<NoContents>,
+        course: &mut Course<'_>,
+    ) -> Result<Option<Resting>, String> {
+        let Some(driver) = &mut self.driver else {
+            let reason = "the driver is not bound".to_owned();
+            return Ok(Some(Resting {
+                reason,
+                retry_at_ms: None,
+            }));
+        };
+        while !(course.cut_short && course.expected().is_none()) {
             driver.on_interrupt();
             let progress = driver.poll(hotplug, self.now_ms);
-            if let Some(tried) =
-                attempt.take_if(|tried| driver.emptying().as_ref() != Some(&tried.range))
-            {
-                // What was injected and has not come was not asked for.
-                let struck = hotplug.clear_faults() == 0;
-                if let Some(error) = tried.told.filter(|_| struck) {
-                    match error {
-                        _ if places.contains(&tried.range) => {}
-                        Error::Busy => inputs.busy_places += 1,
-                        _ => inputs.stops += 1,
-                    }
-                    passed.get_or_insert_with(|| tried.range.clone());
-                    places.push(tried.range);
-                }
-            }
-            if attempt.is_none()
-                && let Some(range) = driver.emptying()
-            {
-                let told = obstacle(hotplug, &self.device, &range, recorded.get(next));
-                if let Some(error) = told {
-                    hotplug.inject(Fault {
-                        step: Point::Isolate,
-                        skip: 0,
-                        error,
-                    });
-                }
-                attempt = Some(Attempt { range, told });
-            }
+            course.watch(hotplug, &self.device, driver.emptying());
             while driver.awaits_device(self.now_ms) {
                 self.rig.wait()?;
             }
             for exchange in self.rig.exchanges()? {
-                let expected = recorded.get(next);
-                checks.push(compared(next, expected, &exchange, passed.take()));
-                match expected {
-                    Some(expected) if expected.exchange == exchange => {
-                        self.now_ms = self.now_ms.max(expected.at_ms);
-                    }
-                    _ => return Ok(()),
+                match course.compare(exchange) {
+                    Some(at_ms) => self.now_ms = self.now_ms.max(at_ms),
+                    None => return Ok(None),
                 }
-                next += 1;
             }
             let (reason, retry_at_ms) = match progress {
                 Progress::Converging | Progress::AwaitingDevice => continue,
@@ -173,90 +204,137 @@ impl MemDevice {
                     retry_at_ms,
                 } => (reason.to_string(), retry_at_ms),
                 Progress::Failed(failure) => (failure.to_string(), None),
-                Progress::Settled | Progress::Suspended => {
-                    ("it has done all it can".to_owned(), None)
+                Progress::Settled | Progress::Suspended => ("all is done".to_owned(), None),
+            };
+            return Ok(Some(Resting {
+                reason,
+                retry_at_ms,
+            }));
+        }
+        Ok(None)
+    }
+}
+
+impl<'a> Course<'a> {
+    pub(super) fn new(recorded: &'a [Recorded], cut_short: bool) -> Self {
+        Self {
+            recorded,
+            cut_short,
+            next: 0,
+            attempt: None,
+            places: BTreeSet::new(),
+            passed: None,
+            inputs: Inputs::default(),
+            checks: Vec::new(),
+        }
+    }
+
+    /// Requests compared, and what was taken from the recording for it.
+    pub(super) fn counts(&self) -> (u64, Inputs) {
+        (self.next as u64, self.inputs)
+    }
+
+    fn expected(&self) -> Option<&'a Recorded> {
+        self.recorded.get(self.next)
+    }
+
+    /// Whether the next recorded request was sent when the retry timer had run out.
+    fn waits_until(&self, retry_at_ms: Option<u64>) -> bool {
+        let next = self.expected().zip(retry_at_ms);
+        next.is_some_and(|(next, at)| at <= next.at_ms.saturating_add(CLOCK_ERROR_MS))
+    }
+
+    /// Tells the hotplug core how the driver's next attempt to take memory out of use ends, and notes what came of
+    /// the last one.
+    fn watch(
+        &mut self,
+        hotplug: &mut Hotplug<NoContents>,
+        device: &RecordedDevice,
+        emptying: Option<Range<u64>>,
+    ) {
+        if let Some((range, told)) = self
+            .attempt
+            .take_if(|(range, _)| emptying.as_ref() != Some(range))
+        {
+            // What has not come was not asked for.
+            let asked_for = hotplug.clear_faults() == 0;
+            if let Some(error) = told.filter(|_| asked_for) {
+                if self.places.insert((range.start, range.end)) {
+                    match error {
+                        Error::Busy => self.inputs.busy_places += 1,
+                        _ => self.inputs.given_up += 1,
+                    }
                 }
-            };
-            let Some(expected) = recorded.get(next) else {
-                return Ok(());
-            };
-            // The retry timer: a request cannot come before it.
-            if retry_at_ms.is_some_and(|at| at <= expected.at_ms) && waited_for != Some(next) {
-                waited_for = Some(next);
-                self.now_ms = expected.at_ms;
-                inputs.retries += 1;
-                continue;
+                self.passed.get_or_insert(range);
             }
-            let wanted = passed.map_or(String::new(), |range| {
-                format!(
-                    ", after it wanted to unplug {:#x} blocks {}",
-                    range.start,
-                    self.device.blocks(&range)
-                )
+        }
+        let Some(range) = emptying.filter(|_| self.attempt.is_none()) else {
+            return;
+        };
+        let told = self.obstacle(hotplug, device, &range);
+        if let Some(error) = told {
+            hotplug.inject(Fault {
+                step: Point::Isolate,
+                skip: 0,
+                error,
             });
-            checks.extend(missing(
-                recorded,
-                next,
-                &format!("the driver rests: {reason}{wanted}"),
-            ));
-            return Ok(());
+        }
+        self.attempt = Some((range, told));
+    }
+
+    /// How the recording says that an attempt to empty `range` ends, if not well.
+    fn obstacle(
+        &self,
+        hotplug: &Hotplug<NoContents>,
+        device: &RecordedDevice,
+        range: &Range<u64>,
+    ) -> Option<Error> {
+        let block_size = hotplug.profile().memory_block_size();
+        let mut ids = range.start / block_size..range.end.div_ceil(block_size);
+        // Nothing is in use in what is offline.
+        if ids.all(|id| hotplug.block_state(id) == Some(BlockState::Offline)) {
+            return None;
+        }
+        match self.expected().map(|next| next.exchange.request) {
+            Some(Request::Unplug(Span { addr, block_count })) => {
+                let bytes = u64::from(block_count).saturating_mul(device.block_size);
+                let this = (addr, bytes) == (range.start, range.end - range.start);
+                (!this).then_some(Error::Busy)
+            }
+            _ => Some(Error::NoMemory),
         }
     }
-}
 
-/// Whether the recording says that `range` cannot be emptied now, and why not.
-fn obstacle(
-    hotplug: &Hotplug<NoContents>,
-    device: &RecordedDevice,
-    range: &Range<u64>,
-    next: Option<&Recorded>,
-) -> Option<Error> {
-    let block_size = hotplug.profile().memory_block_size();
-    let mut ids = range.start / block_size..range.end.div_ceil(block_size);
-    // Nothing is in use in what is offline.
-    if ids.all(|id| hotplug.block_state(id) == Some(BlockState::Offline)) {
-        return None;
+    /// Compares a request with the next recorded one; when that was sent, if they agree.
+    fn compare(&mut self, got: Exchange) -> Option<u64> {
+        let expected = self.expected();
+        let same = expected.filter(|expected| expected.exchange == got);
+        let passed = self.passed.take().filter(|_| same.is_none());
+        let passed = passed.map_or(String::new(), |range| {
+            format!(" after an attempt at {:#x}", range.start)
+        });
+        self.check(format!("{got}{passed}"));
+        self.next += 1;
+        same.map(|same| same.at_ms)
     }
-    match next.map(|next| next.exchange.request) {
-        Some(Request::Unplug(span)) => {
-            let follows =
-                span.addr == range.start && u64::from(span.block_count) == device.blocks(range);
-            (!follows).then_some(Error::Busy)
-        }
-        _ => Some(Error::NoMemory),
-    }
-}
 
-impl RecordedDevice {
-    fn blocks(&self, range: &Range<u64>) -> u64 {
-        (range.end - range.start) / self.block_size
+    /// The next recorded request is not sent.
+    fn missing(&mut self, reason: &str) {
+        let passed = self.passed.take();
+        let passed = passed.map_or(String::new(), |range| {
+            format!(", after an attempt at {:#x}", range.start)
+        });
+        self.check(format!("none: the driver rests, {reason}{passed}"));
     }
-}
 
-fn compared(
-    index: usize,
-    expected: Option<&Recorded>,
-    got: &Exchange,
-    passed: Option<Range<u64>>,
-) -> Check {
-    let passed = passed.filter(|_| expected.is_none_or(|expected| expected.exchange != *got));
-    let passed = passed.map_or(String::new(), |range| {
-        format!(" after an attempt at {:#x}", range.start)
-    });
-    Check {
-        subject: format!("request {index}"),
-        field: "",
-        expected: expected.map_or("none".to_owned(), |expected| expected.exchange.to_string()),
-        got: format!("{got}{passed}"),
+    fn check(&mut self, got: String) {
+        self.checks.push(Check {
+            subject: format!("request {}", self.next),
+            field: "",
+            expected: self
+                .expected()
+                .map_or("none".to_owned(), |expected| expected.exchange.to_string()),
+            got,
+        });
     }
-}
-
-/// What was recorded and is not asked for.
-fn missing(recorded: &[Recorded], next: usize, reason: &str) -> Option<Check> {
-    recorded.get(next).map(|expected| Check {
-        subject: format!("request {next}"),
-        field: "",
-        expected: expected.exchange.to_string(),
-        got: format!("none ({reason})"),
-    })
 }

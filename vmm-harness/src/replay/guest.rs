@@ -20,7 +20,7 @@ use virtio_mem_driver::hotplug::{
 use super::ReplayError;
 use super::acpi::{Attached, PendingEject};
 use super::boot::Plan;
-use super::follow::MemDevice;
+use super::follow::{Course, MemDevice};
 use super::inputs::Inputs;
 use super::requests::RecordedDevice;
 use super::snapshot::Snapshot;
@@ -73,6 +73,8 @@ pub(super) struct Guest {
     /// Uevents of an eject that no step has shown yet.
     pub(super) held: Vec<String>,
     pub(super) inputs: Inputs,
+    /// Requests of the driver of virtio-mem that were compared.
+    pub(super) requests: u64,
 }
 
 /// The lock's value, whoever panicked with it.
@@ -105,6 +107,7 @@ impl Guest {
             taken: BTreeSet::new(),
             held: Vec::new(),
             inputs: Inputs::default(),
+            requests: 0,
         };
         let uevents = Arc::clone(&guest.uevents);
         guest.hotplug.set_uevent_sink(Box::new(move |event| {
@@ -155,15 +158,23 @@ impl Guest {
         self.taken.clear();
         self.learn_slots(&step.messages);
         let mut asked = None;
+        let cut_short = step.result.is_none() || step.settle_timeout;
+        let mut course = Course::new(&step.requests, cut_short);
+        if let Some(device) = &mut self.mem_device {
+            device.retry(&mut self.hotplug, &mut course)?;
+        }
         match &step.op {
             Op::Other => {}
             Op::Probe { out } => self.probe(out, &mut checks)?,
             Op::Resize(size) => {
-                let device = self
-                    .mem_device
-                    .as_ref()
-                    .ok_or("there is no device to resize")?;
-                device.resize(*size)?;
+                let device = self.mem_device.as_ref();
+                let device = device.ok_or("there is no device to resize")?;
+                outcome = Some(match (device.resize(*size), &step.result) {
+                    (Ok(()), _) => Outcome::Success,
+                    // Whatever name the machine has for that.
+                    (Err(_), Some(errno @ Outcome::Errno(_))) => errno.clone(),
+                    (Err(error), _) => Outcome::Errno(error),
+                });
             }
             Op::AddDimm(dimm) => {
                 // The result is the machine's; whether the guest took it is seen from the blocks.
@@ -207,7 +218,7 @@ impl Guest {
             }
         }
         self.continue_ejects(step, asked, &mut checks)?;
-        self.follow_requests(step, &mut checks)?;
+        self.finish_requests(step, course, &mut checks)?;
         Ok((outcome, checks))
     }
 

@@ -22,8 +22,8 @@ pub struct Inputs {
     pub late_uevents: u64,
     /// Places of virtio-mem memory that were passed over because the kernel uses them.
     pub busy_places: u64,
-    /// Attempts to unplug memory that ended before all was done that could be tried.
-    pub stops: u64,
+    /// Times the kernel stopped unplugging with memory left that it could have tried.
+    pub given_up: u64,
     /// Times the driver of virtio-mem has tried again after a wait.
     pub retries: u64,
     /// Module parameters that were set between boot and the first step.
@@ -39,7 +39,7 @@ impl AddAssign for Inputs {
         self.early_states += other.early_states;
         self.late_uevents += other.late_uevents;
         self.busy_places += other.busy_places;
-        self.stops += other.stops;
+        self.given_up += other.given_up;
         self.retries += other.retries;
         self.parameters += other.parameters;
     }
@@ -55,7 +55,7 @@ impl fmt::Display for Inputs {
             early_states,
             late_uevents,
             busy_places,
-            stops,
+            given_up,
             retries,
             parameters,
         } = self;
@@ -66,7 +66,7 @@ impl fmt::Display for Inputs {
             (early_states, "early states"),
             (late_uevents, "late uevents"),
             (busy_places, "busy places"),
-            (stops, "stops"),
+            (given_up, "given up"),
             (retries, "retries"),
             (parameters, "parameters"),
         ] {

@@ -81,7 +81,9 @@ pub enum ReplayError {
 pub struct Summary {
     /// Steps that agree.
     pub steps: usize,
-    /// Values compared.
+    /// Requests to a virtio-mem device compared.
+    pub requests: u64,
+    /// Values compared, requests among them.
     pub comparisons: u64,
     /// What was taken from the trace.
     pub inputs: Inputs,
@@ -123,6 +125,7 @@ pub fn replay(trace: &Trace, show: Option<Show<'_>>) -> Result<Summary, ReplayEr
     let difference = replay.run(trace, &mut guest, &mut steps)?;
     Ok(Summary {
         steps,
+        requests: guest.requests,
         comparisons: replay.comparison.count,
         inputs: guest.inputs,
         difference,
@@ -161,6 +164,19 @@ impl Replay<'_, '_> {
         }
         if let Some(difference) = self.steps(&trace.steps[probed..], guest, steps)? {
             return Ok(Some(difference));
+        }
+        let Inputs {
+            busy_places,
+            given_up,
+            ..
+        } = guest.inputs;
+        if busy_places + given_up > guest.requests {
+            let most = format!("at most one for each of the {} requests", guest.requests);
+            let taken = format!("{busy_places} busy places, {given_up} given up");
+            let mismatch = self
+                .comparison
+                .value("taken from the recording", "", &most, &taken);
+            return Ok(mismatch.err().map(|mismatch| mismatch.at(None, "requests")));
         }
         for (name, expected) in &trace.params_at_end {
             let got = guest.read(&format!("parameters/{name}"));

@@ -55,6 +55,7 @@ struct RawRequest {
     #[serde(default)]
     nb_blocks: u64,
     response: Option<String>,
+    #[serde(default)]
     t: f64,
 }
 

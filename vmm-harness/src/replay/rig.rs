@@ -1,9 +1,9 @@
 //! The recorded device, played by the device crate in this process, and a tap on its queue.
 //!
-//! The driver talks to the same registers and rings as on a bus. What it asks for is read off the ring when it
-//! notifies the device, what it is answered when the device has interrupted.
+//! The driver talks to the same registers and rings as on a bus. What it asks and what it is answered is read off the
+//! ring once the answer is there.
 
-use std::io;
+use std::io::{self, Read};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Trans
 use virtio_drivers::{PhysAddr, Result as VirtioResult};
 use virtio_mem::{Anonymous, BuildError, Handle, VirtioMem};
 use virtio_mem_wire::{Request, Response};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -32,7 +32,7 @@ pub(super) type Driver = virtio_mem_driver::driver::MemDriver<ArenaHal, Tap>;
 
 /// The device cannot be played.
 #[derive(Debug, Error)]
-pub enum RigError {
+pub(super) enum RigError {
     /// No address space for the region, or no file descriptors.
     #[error("device: {0}")]
     Io(#[from] io::Error),
@@ -52,22 +52,13 @@ pub(super) struct Rig {
     registers: Arc<MmioTransport>,
     memory: Arc<BootMemory>,
     interrupts: Receiver<()>,
-    log: Arc<Mutex<Log>>,
+    queue: Followed,
     arena: Arc<Arena>,
     _events: EventLoop,
 }
 
-/// The queue, as the tap sees it.
-#[derive(Default)]
-struct Log {
-    queue: Option<Queue>,
-    /// Asked and not yet answered: where the answer will be.
-    asked: Vec<(Request, GuestAddress)>,
-}
-
-fn lock(log: &Mutex<Log>) -> std::sync::MutexGuard<'_, Log> {
-    log.lock().unwrap_or_else(PoisonError::into_inner)
-}
+/// The queue, followed by somebody who does not serve it.
+type Followed = Arc<Mutex<Option<Queue>>>;
 
 impl Rig {
     pub(super) fn new(recorded: &RecordedDevice, memory_block_size: u64) -> Result<Self, RigError> {
@@ -95,7 +86,7 @@ impl Rig {
             registers: Arc::new(registers),
             memory,
             interrupts,
-            log: Arc::default(),
+            queue: Followed::default(),
             arena,
             _events: events,
         })
@@ -111,8 +102,7 @@ impl Rig {
         self.arena.enter();
         Tap {
             inner: LoopbackTransport::new(Arc::clone(&self.registers)),
-            memory: Arc::clone(&self.memory),
-            log: Arc::clone(&self.log),
+            queue: Arc::clone(&self.queue),
         }
     }
 
@@ -126,63 +116,52 @@ impl Rig {
         }
     }
 
-    /// Whether a request has not been answered yet.
-    pub(super) fn is_asked(&self) -> bool {
-        !lock(&self.log).asked.is_empty()
+    /// The requests since the last call, with their answers. All must have been answered, and the driver must not have
+    /// taken notice of that: the next request may overwrite them.
+    pub(super) fn exchanges(&self) -> Result<Vec<Exchange>, String> {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(queue) = &mut *queue else {
+            return Ok(Vec::new());
+        };
+        let chains = queue
+            .iter(&*self.memory)
+            .map_err(|error| error.to_string())?;
+        chains.map(|chain| self.exchange(&chain)).collect()
     }
 
-    /// The requests that were asked since the last call, with their answers. All must have been answered.
-    pub(super) fn exchanges(&self) -> Result<Vec<Exchange>, String> {
-        let asked = std::mem::take(&mut lock(&self.log).asked);
-        let answered = asked.into_iter().map(|(request, at)| {
-            let mut answer = [0; Response::LEN];
-            let read = self.memory.read_slice(&mut answer, at);
-            read.map_err(|error| error.to_string())?;
-            let response = Response::parse(request.kind(), &answer);
-            Ok(Exchange {
-                request,
-                answer: response.map_err(|error| error.to_string())?.answer(),
-            })
-        });
-        answered.collect()
+    fn exchange(&self, chain: &DescriptorChain<&BootMemory>) -> Result<Exchange, String> {
+        let memory = &*self.memory;
+        let mut request = [0; Request::LEN];
+        let mut reader = chain
+            .clone()
+            .reader(memory)
+            .map_err(|error| error.to_string())?;
+        reader
+            .read_exact(&mut request)
+            .map_err(|error| error.to_string())?;
+        let request = Request::parse(&request).map_err(|error| error.to_string())?;
+        // The part for the answer, which the device alone writes to.
+        let answered = chain
+            .clone()
+            .writable()
+            .next()
+            .ok_or("no room for an answer")?;
+        let mut answer = [0; Response::LEN];
+        let read = memory.read_slice(&mut answer, answered.addr());
+        read.map_err(|error| error.to_string())?;
+        let response =
+            Response::parse(request.kind(), &answer).map_err(|error| error.to_string())?;
+        Ok(Exchange {
+            request,
+            answer: response.answer(),
+        })
     }
 }
 
-/// The driver's transport, and who listens in.
+/// The driver's transport; it tells where the queue is.
 pub(super) struct Tap {
     inner: LoopbackTransport,
-    memory: Arc<BootMemory>,
-    log: Arc<Mutex<Log>>,
-}
-
-impl Tap {
-    /// Reads what the driver has made available since the last time.
-    fn listen(&self) {
-        let mut log = lock(&self.log);
-        let Log { queue, asked } = &mut *log;
-        let Some(chains) = queue
-            .as_mut()
-            .and_then(|queue| queue.iter(&*self.memory).ok())
-        else {
-            return;
-        };
-        for chain in chains {
-            let answer = chain
-                .clone()
-                .writable()
-                .next()
-                .map(|descriptor| descriptor.addr());
-            let mut bytes = [0; Request::LEN];
-            let read = chain.readable().next().is_some_and(|descriptor| {
-                self.memory
-                    .read_slice(&mut bytes, descriptor.addr())
-                    .is_ok()
-            });
-            if let (true, Some(answer), Ok(request)) = (read, answer, Request::parse(&bytes)) {
-                asked.push((request, answer));
-            }
-        }
-    }
+    queue: Followed,
 }
 
 impl Transport for Tap {
@@ -203,7 +182,6 @@ impl Transport for Tap {
     }
 
     fn notify(&mut self, queue: u16) {
-        self.listen();
         self.inner.notify(queue);
     }
 
@@ -242,7 +220,7 @@ impl Transport for Tap {
             ring.set_ready(true);
             Some(ring)
         });
-        lock(&self.log).queue = ring;
+        *self.queue.lock().unwrap_or_else(PoisonError::into_inner) = ring;
         self.inner
             .queue_set(queue, size, descriptors, driver_area, device_area);
     }

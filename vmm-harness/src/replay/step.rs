@@ -36,6 +36,8 @@ pub(super) struct Step {
     pub(super) messages: Vec<Message>,
     /// What the virtio-mem driver asked of its device since the step before.
     pub(super) requests: Vec<Recorded>,
+    /// The recorder did not wait until the driver had done all it could.
+    pub(super) settle_timeout: bool,
     /// Bytes the device wants plugged, afterwards.
     pub(super) requested_size: Option<u64>,
     /// Bytes the device has plugged, afterwards.
@@ -170,6 +172,8 @@ struct RawStep {
     out: Option<String>,
     #[serde(default)]
     requests: Vec<Value>,
+    #[serde(default)]
+    settle_timeout: Value,
     requested_size: Option<u64>,
     plugged_size: Option<u64>,
     #[serde(default)]
@@ -221,6 +225,7 @@ impl TryFrom<RawStep> for Step {
                 .iter()
                 .filter_map(|request| Recorded::read(request).transpose())
                 .collect::<Result<_, _>>()?,
+            settle_timeout: ![Value::Null, Value::Bool(false)].contains(&raw.settle_timeout),
             requested_size: raw.requested_size,
             plugged_size: raw.plugged_size,
         })
