@@ -6,7 +6,7 @@
 //! kernel has stopped there (ENOMEM, or all that was left was in use). Everything else, and so what is tried in which
 //! order, is the driver's own doing.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use virtio_mem_driver::driver::{Mode, Policy, Progress};
@@ -41,8 +41,8 @@ pub(super) struct Course<'a> {
     next: usize,
     /// What the driver is about to take out of use, and how the recording says that ends, if not well.
     attempt: Option<(Range<u64>, Option<Error>)>,
-    /// What was taken from the recording.
-    places: BTreeSet<(u64, u64)>,
+    /// What could not be emptied, for as long as nothing changes: start and end, and why.
+    refused: BTreeMap<(u64, u64), Error>,
     /// Of these, the first since the last request.
     passed: Option<Range<u64>>,
     inputs: Inputs,
@@ -146,6 +146,7 @@ impl MemDevice {
         hotplug: &mut Hotplug<NoContents>,
         course: &mut Course<'_>,
     ) -> Result<(), String> {
+        course.refused.clear();
         let mut waited_for = None;
         while let Some(Resting {
             reason,
@@ -169,6 +170,7 @@ impl MemDevice {
         let then = course.expected().map(|next| next.at_ms);
         self.now_ms = self.now_ms.max(then.max(retry_at_ms).unwrap_or(0));
         course.inputs.retries += 1;
+        course.refused.clear();
     }
 
     /// Lets the driver work until it rests. `None` at a difference, or where the recording ends.
@@ -222,7 +224,7 @@ impl<'a> Course<'a> {
             cut_short,
             next: 0,
             attempt: None,
-            places: BTreeSet::new(),
+            refused: BTreeMap::new(),
             passed: None,
             inputs: Inputs::default(),
             checks: Vec::new(),
@@ -259,7 +261,16 @@ impl<'a> Course<'a> {
             // What has not come was not asked for.
             let asked_for = hotplug.clear_faults() == 0;
             if let Some(error) = told.filter(|_| asked_for) {
-                if self.places.insert((range.start, range.end)) {
+                if self
+                    .refused
+                    .insert((range.start, range.end), error)
+                    .is_none()
+                {
+                    let (start, end) = (range.start, range.end);
+                    log::debug!(
+                        "request {}: {start:#x}-{end:#x} cannot be emptied: {error}",
+                        self.next
+                    );
                     match error {
                         Error::Busy => self.inputs.busy_places += 1,
                         _ => self.inputs.given_up += 1,
@@ -295,6 +306,10 @@ impl<'a> Course<'a> {
         if ids.all(|id| hotplug.block_state(id) == Some(BlockState::Offline)) {
             return None;
         }
+        // The driver may look again at once; the kernel's pages are where they were.
+        if let Some(error) = self.refused.get(&(range.start, range.end)) {
+            return Some(*error);
+        }
         match self.expected().map(|next| next.exchange.request) {
             Some(Request::Unplug(Span { addr, block_count })) => {
                 let bytes = u64::from(block_count).saturating_mul(device.block_size);
@@ -310,21 +325,20 @@ impl<'a> Course<'a> {
         let expected = self.expected();
         let same = expected.filter(|expected| expected.exchange == got);
         let passed = self.passed.take().filter(|_| same.is_none());
-        let passed = passed.map_or(String::new(), |range| {
-            format!(" after an attempt at {:#x}", range.start)
+        let tried = passed.map_or(String::new(), |range| {
+            format!(" (it tried {:#x} first)", range.start)
         });
-        self.check(format!("{got}{passed}"));
+        self.check(format!("{got}{tried}"));
         self.next += 1;
         same.map(|same| same.at_ms)
     }
 
     /// The next recorded request is not sent.
     fn missing(&mut self, reason: &str) {
-        let passed = self.passed.take();
-        let passed = passed.map_or(String::new(), |range| {
-            format!(", after an attempt at {:#x}", range.start)
+        let tried = self.passed.take().map_or(String::new(), |range| {
+            format!(" tried {:#x} first, and now", range.start)
         });
-        self.check(format!("none: the driver rests, {reason}{passed}"));
+        self.check(format!("none: the driver{tried} rests, {reason}"));
     }
 
     fn check(&mut self, got: String) {
