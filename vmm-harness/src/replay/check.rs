@@ -49,6 +49,9 @@ impl Trace {
         }
         for (index, step) in self.steps.iter().enumerate() {
             let place = format!("steps[{index}]");
+            if self.device.is_none() && !step.requests.is_empty() {
+                return Err(impossible(place, "there are requests but no device"));
+            }
             check_rows(&place, step.zoneinfo.as_ref().map_or(0, Vec::len))?;
             check_rows(&place, step.iomem.as_ref().map_or(0, Vec::len))?;
             for (row, zone) in step.zoneinfo.iter().flatten().enumerate() {

@@ -1,9 +1,7 @@
 //! The recorded scripts: the files they write, and what they print.
 
-use virtio_mem_driver::driver::Policy;
 use virtio_mem_driver::hotplug::Error;
 
-use super::follow::{Course, MemDevice};
 use super::guest::{Check, Guest, lock};
 use super::shell::{self, Printed};
 use super::step::Step;
@@ -11,9 +9,6 @@ use super::trace::PAGE_SIZE;
 
 /// Where the module `memory-notifier-error-inject` has its files.
 const ERROR_INJECTION: &str = "/sys/kernel/debug/notifier-error-inject/memory/actions/";
-
-/// Where the module `virtio_mem` has its parameters.
-const PARAMETERS: &str = "/sys/module/virtio_mem/parameters/";
 
 /// Smallest number that is an errno.
 const LOWEST_ERRNO: i32 = -4095;
@@ -105,17 +100,8 @@ impl Guest {
             let file = format!("parameters/{name}");
             return Ok(self.hotplug.write(&file, text).is_ok());
         }
-        if let Some(file) = file.strip_prefix("/sys/bus/virtio/drivers/virtio_mem/")
-            && let Some(device) = &mut self.mem_device
-        {
-            return Ok(match file {
-                "bind" => device.bind(&mut self.hotplug),
-                "unbind" => device.unbind(&mut self.hotplug),
-                _ => return Err(format!("nothing is known of the driver's file {file:?}")),
-            });
-        }
-        if let Some(name) = file.strip_prefix(PARAMETERS) {
-            return self.set_module_parameter(name, text);
+        if let Some(worked) = self.write_driver_file(file, text) {
+            return Ok(worked);
         }
         let Some((action, "error")) = file
             .strip_prefix(ERROR_INJECTION)
@@ -142,87 +128,6 @@ impl Guest {
         Ok(true)
     }
 
-    /// Writes a parameter of the module `virtio_mem`; whether that worked. Only one can be written at run time.
-    fn set_module_parameter(&mut self, name: &str, text: &str) -> Result<bool, String> {
-        let Some(device) = &mut self.mem_device else {
-            return Ok(false);
-        };
-        let value = parse_bool(text.trim());
-        if let ("unplug_online", Some(value)) = (name, value) {
-            device.set_unplug_online(value);
-        }
-        Ok(name == "unplug_online" && value.is_some())
-    }
-
-    /// The driver comes to its device, with the parameters that its module says it has; the kernel's log says how it
-    /// works.
-    pub(super) fn probe(&mut self, out: &str, checks: &mut Vec<Check>) -> Result<(), String> {
-        let recorded = self.plan_device.ok_or("there is no device to probe")?;
-        let mut policy = Policy::linux();
-        for (name, value) in out
-            .lines()
-            .filter_map(|line| line.strip_prefix(PARAMETERS)?.split_once(' '))
-        {
-            let wrong = || format!("{value:?} is no value of {name}");
-            let truth = || parse_bool(value).ok_or_else(wrong);
-            match name {
-                "unplug_online" => policy.unplug_online = truth()?,
-                "force_bbm" => policy.force_bbm = truth()?,
-                "bbm_block_size" => policy.bbm_block_size = value.parse().map_err(|_| wrong())?,
-                _ => {}
-            }
-        }
-        let mut device =
-            MemDevice::new(recorded, policy, self.block_size).map_err(|error| error.to_string())?;
-        device.bind(&mut self.hotplug);
-        let log = |key: &str| {
-            let mut lines = out
-                .lines()
-                .filter_map(|line| line.split_once("virtio_mem ")?.1.split_once(": "));
-            lines.find_map(|(_, rest)| rest.strip_prefix(key)?.strip_prefix(": 0x"))
-        };
-        if let Some((name, value)) = device.granule() {
-            checks.push(Check {
-                subject: "driver".into(),
-                field: name,
-                expected: log(name).unwrap_or("none").to_owned(),
-                got: format!("{value:x}"),
-            });
-        }
-        self.mem_device = Some(device);
-        Ok(())
-    }
-
-    /// The driver does what is left to do after a step.
-    pub(super) fn finish_requests(
-        &mut self,
-        step: &Step,
-        mut course: Course<'_>,
-        checks: &mut Vec<Check>,
-    ) -> Result<(), String> {
-        let Some(device) = &mut self.mem_device else {
-            return Ok(());
-        };
-        device.finish(&mut self.hotplug, &mut course)?;
-        let (requests, inputs) = course.counts();
-        self.requests += requests;
-        self.inputs += inputs;
-        checks.append(&mut course.checks);
-        let (requested, plugged) = device.sizes();
-        for (field, expected, got) in [
-            ("requested_size", step.requested_size, requested),
-            ("plugged_size", step.plugged_size, plugged),
-        ] {
-            checks.extend(expected.map(|expected| Check {
-                subject: "device".into(),
-                field,
-                expected: expected.to_string(),
-                got: got.to_string(),
-            }));
-        }
-        Ok(())
-    }
-
     /// Whether an address, in the text of a program, is in memory that the kernel keeps its own pages in.
     fn in_kernel_zone(&self, address: &str) -> bool {
         let address = address.trim();
@@ -235,17 +140,6 @@ impl Guest {
             let file = |name: &str| self.read(&format!("memory{block}/{name}"));
             file("state") == "online" && file("valid_zones") != "Movable"
         })
-    }
-}
-
-/// A truth, as the kernel reads it from module parameters.
-fn parse_bool(text: &str) -> Option<bool> {
-    match text.as_bytes() {
-        [b'y' | b'Y' | b't' | b'T' | b'1', ..] => Some(true),
-        [b'n' | b'N' | b'f' | b'F' | b'0', ..] => Some(false),
-        [b'o' | b'O', b'n' | b'N', ..] => Some(true),
-        [b'o' | b'O', b'f' | b'F', ..] => Some(false),
-        _ => None,
     }
 }
 

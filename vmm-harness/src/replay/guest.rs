@@ -20,8 +20,9 @@ use virtio_mem_driver::hotplug::{
 use super::ReplayError;
 use super::acpi::{Attached, PendingEject};
 use super::boot::Plan;
-use super::follow::{Course, MemDevice};
+use super::course::Course;
 use super::inputs::Inputs;
+use super::mem_device::MemDevice;
 use super::requests::RecordedDevice;
 use super::snapshot::Snapshot;
 use super::step::{Op, Outcome, Step};
@@ -63,7 +64,7 @@ pub(super) struct Guest {
     uevents: Arc<Mutex<Vec<String>>>,
     pub(super) vetoes: Arc<Mutex<Vetoes>>,
     pub(super) dimms: BTreeMap<String, Attached>,
-    pub(super) plan_device: Option<RecordedDevice>,
+    pub(super) recorded_device: Option<RecordedDevice>,
     pub(super) mem_device: Option<MemDevice>,
     pub(super) ejects: VecDeque<PendingEject>,
     /// Slots of DIMMs, as the machine has named them.
@@ -100,7 +101,7 @@ impl Guest {
             uevents: Arc::default(),
             vetoes: Arc::default(),
             dimms: BTreeMap::new(),
-            plan_device: plan.device,
+            recorded_device: plan.device,
             mem_device: None,
             ejects: VecDeque::new(),
             slots: BTreeMap::new(),

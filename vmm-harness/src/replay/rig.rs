@@ -68,7 +68,6 @@ impl Rig {
             .block_size(recorded.block_size)
             .guest_memory_block_size(memory_block_size)
             .requested_size(recorded.requested_size)
-            .persistent_suspend()
             .build()?;
         let ranges = [(GuestAddress(0), MEMORY as usize)];
         let memory =
