@@ -243,6 +243,7 @@ struct Totals {
     files: usize,
     agreeing: usize,
     steps: usize,
+    requests: u64,
     comparisons: u64,
     inputs: Inputs,
 }
@@ -253,6 +254,7 @@ impl Totals {
         if let Ok(summary) = result {
             self.agreeing += usize::from(summary.difference.is_none());
             self.steps += summary.steps;
+            self.requests += summary.requests;
             self.comparisons += summary.comparisons;
             self.inputs += summary.inputs;
         }
@@ -265,12 +267,14 @@ impl fmt::Display for Totals {
             files,
             agreeing,
             steps,
+            requests,
             comparisons,
             inputs,
         } = self;
         write!(
             f,
-            "{agreeing} of {files} files agree: {steps} steps, {comparisons} comparisons; taken from the traces: {inputs}"
+            "{agreeing} of {files} files agree: {steps} steps, {requests} requests, {comparisons} comparisons; \
+             taken from the traces: {inputs}"
         )
     }
 }
@@ -288,13 +292,14 @@ fn print_report(
         }) => writeln!(out, "{file}: {difference}"),
         Ok(Summary {
             steps,
+            requests,
             comparisons,
             inputs,
             ..
         }) => {
             writeln!(
                 out,
-                "{file}: agrees: {steps} steps, {comparisons} comparisons; taken: {inputs}"
+                "{file}: agrees: {steps} steps, {requests} requests, {comparisons} comparisons; taken: {inputs}"
             )
         }
         Err(error) => {

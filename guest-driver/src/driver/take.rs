@@ -163,6 +163,14 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         }
     }
 
+    /// The guest-physical addresses the driver is about to take out of use, or has begun to, so that they can be
+    /// unplugged.
+    pub fn emptying(&self) -> Option<Range<u64>> {
+        self.emptying
+            .as_ref()
+            .map(|emptying| emptying.bytes.clone())
+    }
+
     /// Lets go of the range that is being taken.
     pub(super) fn stop_emptying<M: PhysicalMemory>(&mut self, hotplug: &mut Hotplug<M>) {
         if let Some(emptying) = self.emptying.take() {

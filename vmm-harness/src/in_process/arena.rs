@@ -9,6 +9,7 @@
 )]
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,7 +18,7 @@ use virtio_mem_wire::{BlockMap, BlockRange};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::BootMemory;
-use crate::layout::{Layout, PAGE};
+use crate::layout::PAGE;
 
 thread_local! {
     static ARENA: RefCell<Option<Arc<Arena>>> = const { RefCell::new(None) };
@@ -25,7 +26,7 @@ thread_local! {
 
 /// The guest's heap, handed out in pages.
 #[derive(Debug)]
-pub(super) struct Arena {
+pub(crate) struct Arena {
     start: u64,
     len: u64,
     host_address: NonNull<u8>,
@@ -41,9 +42,13 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    pub(super) fn new(memory: &Arc<BootMemory>, layout: &Layout) -> Result<Self, GuestMemoryError> {
-        let start = layout.heap.start;
-        let len = layout.heap.end - start;
+    /// Hands out `heap` of `memory`, whole pages of it.
+    pub(crate) fn new(
+        memory: &Arc<BootMemory>,
+        heap: Range<u64>,
+    ) -> Result<Self, GuestMemoryError> {
+        let start = heap.start;
+        let len = heap.end - start;
         let host_address = memory.get_host_address(GuestAddress(start))?;
         Ok(Self {
             start,
@@ -56,7 +61,7 @@ impl Arena {
     }
 
     /// Makes this the arena of the current thread.
-    pub(super) fn enter(self: &Arc<Self>) {
+    pub(crate) fn enter(self: &Arc<Self>) {
         ARENA.set(Some(Arc::clone(self)));
     }
 
@@ -128,7 +133,7 @@ fn with_arena<R>(f: impl FnOnce(&Arena) -> Option<R>) -> Option<R> {
 
 /// DMA memory from the arena of the current thread.
 #[derive(Debug)]
-pub(super) struct ArenaHal;
+pub(crate) struct ArenaHal;
 
 // SAFETY: `dma_alloc` hands out pages of a mapping that the thread's arena keeps, aligned to pages because
 // the arena is, zeroed, and never twice at a time; on failure it returns address 0, which virtio-drivers takes
@@ -190,13 +195,13 @@ mod tests {
     use virtio_mem_wire::Geometry;
 
     use super::*;
-    use crate::layout::{IMAGE_START, REGION_START};
+    use crate::layout::{IMAGE_START, Layout, REGION_START};
 
     fn arena() -> Arc<Arena> {
         let geometry = Geometry::new(REGION_START, 0, 4096).unwrap();
         let layout = Layout::new(64 << 20, IMAGE_START, &geometry, 1).unwrap();
         let memory = BootMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
-        Arc::new(Arena::new(&Arc::new(memory), &layout).unwrap())
+        Arc::new(Arena::new(&Arc::new(memory), layout.heap).unwrap())
     }
 
     #[test]

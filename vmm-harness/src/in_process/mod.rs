@@ -19,9 +19,9 @@ use vm_memory::GuestMemoryError;
 use vmem_guest::abi::{BootInfo, command};
 use vmem_guest::{Guest, Parameters};
 
-use self::arena::Arena;
+pub(crate) use self::arena::{Arena, ArenaHal};
 use self::platform::HostPlatform;
-use self::transport::LoopbackTransport;
+pub(crate) use self::transport::LoopbackTransport;
 use crate::BootMemory;
 use crate::bus::Bus;
 use crate::layout::Layout;
@@ -65,7 +65,7 @@ impl InProcess {
         memory: &Arc<BootMemory>,
         layout: &Layout,
     ) -> Result<Self, InProcessError> {
-        let arena = Arc::new(Arena::new(memory, layout)?);
+        let arena = Arc::new(Arena::new(memory, layout.heap.clone())?);
         let guest = Arc::new(Booted::new());
         let mut running = Self {
             parts: Arc::new(parts),

@@ -20,13 +20,13 @@ use crate::transport::MmioTransport;
 /// The driver's end of a [`MmioTransport`] in the same process: the same registers in the same order as a
 /// driver on a bus.
 #[derive(Debug)]
-pub(super) struct LoopbackTransport {
+pub(crate) struct LoopbackTransport {
     registers: Arc<MmioTransport>,
 }
 
 impl LoopbackTransport {
     /// Drives the device behind `registers`.
-    pub(super) fn new(registers: Arc<MmioTransport>) -> Self {
+    pub(crate) fn new(registers: Arc<MmioTransport>) -> Self {
         Self { registers }
     }
 

@@ -6,6 +6,7 @@ use std::ops::Range;
 use virtio_mem_driver::hotplug::{Boot, BootRange, Config, MemmapRule, OnlineType, Profile};
 
 use super::check::{check_dimm, parse_node_list};
+use super::requests::RecordedDevice;
 use super::snapshot::Snapshot;
 use super::trace::{Dimm, MAX_MEMORY, PAGE_SIZE, Trace, TraceError, impossible};
 
@@ -53,6 +54,8 @@ pub(super) struct Plan {
     pub(super) boot: Boot,
     /// DIMMs on the machine's command line: ACPI adds them during boot.
     pub(super) dimms: Vec<Dimm>,
+    /// A virtio-mem device.
+    pub(super) device: Option<RecordedDevice>,
     /// Boot blocks the trace takes offline, so that nothing in them is in use for ever.
     taken_offline: BTreeSet<u64>,
     block_size: u64,
@@ -93,6 +96,7 @@ impl Plan {
             config,
             boot,
             dimms,
+            device: trace.device,
             taken_offline: taken_offline(trace),
             block_size: recorded.block_size,
         })
@@ -230,7 +234,7 @@ fn boot_ram(trace: &Trace, dimms: &[Dimm]) -> Result<Vec<BootRange>, TraceError>
 }
 
 /// The value of `key` in an option like `node,nodeid=1,memdev=m1`.
-fn property<'a>(option: &'a str, key: &str) -> Option<&'a str> {
+pub(super) fn property<'a>(option: &'a str, key: &str) -> Option<&'a str> {
     option
         .split(',')
         .find_map(|part| part.split_once('=').filter(|(name, _)| *name == key))
@@ -238,7 +242,7 @@ fn property<'a>(option: &'a str, key: &str) -> Option<&'a str> {
 }
 
 /// The options of one kind on the machine's command line.
-fn options<'a>(trace: &'a Trace, kind: &str) -> impl Iterator<Item = &'a str> {
+pub(super) fn options<'a>(trace: &'a Trace, kind: &str) -> impl Iterator<Item = &'a str> {
     trace
         .boot
         .machine_args
@@ -296,7 +300,7 @@ fn machine_dimms(trace: &Trace) -> Result<Vec<Dimm>, TraceError> {
 }
 
 /// A size or address as QEMU takes it: decimal or hexadecimal, with a binary unit.
-fn parse_bytes(text: &str) -> Option<u64> {
+pub(super) fn parse_bytes(text: &str) -> Option<u64> {
     if let Some(digits) = text.strip_prefix("0x") {
         return u64::from_str_radix(digits, 16).ok();
     }

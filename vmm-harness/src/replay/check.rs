@@ -2,6 +2,9 @@
 
 use std::ops::Range;
 
+use virtio_mem_wire::Geometry;
+
+use super::requests::RecordedDevice;
 use super::step::{Op, Outcome};
 use super::trace::{Dimm, MAX_MEMORY, PAGE_SIZE, Trace, TraceError, ZoneRow, impossible};
 
@@ -10,6 +13,9 @@ const PHYSICAL_ADDRESS_BITS: u32 = 46;
 
 /// Most nodes Linux is built for (`NODES_SHIFT` 10).
 const MAX_NODES: u32 = 1 << 10;
+
+/// Most blocks of a memory device.
+const MAX_DEVICE_BLOCKS: u64 = 1 << 18;
 
 /// Most lines of `/proc/iomem` or zones of `/proc/zoneinfo`.
 const MAX_ROWS: usize = 4096;
@@ -38,8 +44,14 @@ impl Trace {
         for dimm in &self.dimms {
             check_dimm(&format!("dimms.{}", dimm.id), dimm, block_size)?;
         }
+        if let Some(device) = &self.device {
+            check_device(device)?;
+        }
         for (index, step) in self.steps.iter().enumerate() {
             let place = format!("steps[{index}]");
+            if self.device.is_none() && !step.requests.is_empty() {
+                return Err(impossible(place, "there are requests but no device"));
+            }
             check_rows(&place, step.zoneinfo.as_ref().map_or(0, Vec::len))?;
             check_rows(&place, step.iomem.as_ref().map_or(0, Vec::len))?;
             for (row, zone) in step.zoneinfo.iter().flatten().enumerate() {
@@ -55,11 +67,19 @@ impl Trace {
             if self.incomplete {
                 continue;
             }
+            // The first step of a virtio-mem trace shows the same as the state at boot.
+            if matches!(step.op, Op::Probe { .. }) {
+                continue;
+            }
             // Without them, a model would agree that is not looked at.
             for (what, there) in [
                 ("blocks", step.blocks.is_some()),
                 ("zoneinfo", step.zoneinfo.is_some()),
                 ("memtotal_kib", step.memtotal_kib.is_some()),
+                (
+                    "plugged_size",
+                    step.plugged_size.is_some() || self.device.is_none(),
+                ),
             ] {
                 if !there {
                     return Err(impossible(place, format!("there is no {what}")));
@@ -160,6 +180,25 @@ fn check_zone(place: &str, zone: &ZoneRow) -> Result<(), TraceError> {
     }
     if zone.managed > zone.present || zone.present > zone.spanned {
         return Err(impossible(place, "not managed <= present <= spanned"));
+    }
+    Ok(())
+}
+
+/// Whether a machine can have this memory device.
+fn check_device(device: &RecordedDevice) -> Result<(), TraceError> {
+    let RecordedDevice {
+        addr,
+        region_size,
+        block_size,
+        ..
+    } = *device;
+    let geometry = Geometry::new(addr, region_size, block_size);
+    let geometry = geometry.map_err(|error| impossible("device", error.to_string()))?;
+    if addr + region_size > 1 << PHYSICAL_ADDRESS_BITS {
+        return Err(impossible("device", "beyond what the machine can address"));
+    }
+    if region_size > MAX_MEMORY || geometry.block_count() > MAX_DEVICE_BLOCKS {
+        return Err(impossible("device", "larger than what can be replayed"));
     }
     Ok(())
 }

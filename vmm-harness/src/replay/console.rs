@@ -100,6 +100,9 @@ impl Guest {
             let file = format!("parameters/{name}");
             return Ok(self.hotplug.write(&file, text).is_ok());
         }
+        if let Some(worked) = self.write_driver_file(file, text) {
+            return Ok(worked);
+        }
         let Some((action, "error")) = file
             .strip_prefix(ERROR_INJECTION)
             .and_then(|rest| rest.split_once('/'))

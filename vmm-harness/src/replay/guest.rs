@@ -20,7 +20,10 @@ use virtio_mem_driver::hotplug::{
 use super::ReplayError;
 use super::acpi::{Attached, PendingEject};
 use super::boot::Plan;
+use super::course::Course;
 use super::inputs::Inputs;
+use super::mem_device::MemDevice;
+use super::requests::RecordedDevice;
 use super::snapshot::Snapshot;
 use super::step::{Op, Outcome, Step};
 use super::trace::{BlockRow, PAGE_SIZE, ZoneRow, impossible};
@@ -61,6 +64,8 @@ pub(super) struct Guest {
     uevents: Arc<Mutex<Vec<String>>>,
     pub(super) vetoes: Arc<Mutex<Vetoes>>,
     pub(super) dimms: BTreeMap<String, Attached>,
+    pub(super) recorded_device: Option<RecordedDevice>,
+    pub(super) mem_device: Option<MemDevice>,
     pub(super) ejects: VecDeque<PendingEject>,
     /// Slots of DIMMs, as the machine has named them.
     pub(super) slots: BTreeMap<String, String>,
@@ -69,6 +74,8 @@ pub(super) struct Guest {
     /// Uevents of an eject that no step has shown yet.
     pub(super) held: Vec<String>,
     pub(super) inputs: Inputs,
+    /// Requests of the driver of virtio-mem that were compared.
+    pub(super) requests: u64,
 }
 
 /// The lock's value, whoever panicked with it.
@@ -94,11 +101,14 @@ impl Guest {
             uevents: Arc::default(),
             vetoes: Arc::default(),
             dimms: BTreeMap::new(),
+            recorded_device: plan.device,
+            mem_device: None,
             ejects: VecDeque::new(),
             slots: BTreeMap::new(),
             taken: BTreeSet::new(),
             held: Vec::new(),
             inputs: Inputs::default(),
+            requests: 0,
         };
         let uevents = Arc::clone(&guest.uevents);
         guest.hotplug.set_uevent_sink(Box::new(move |event| {
@@ -149,8 +159,24 @@ impl Guest {
         self.taken.clear();
         self.learn_slots(&step.messages);
         let mut asked = None;
+        let cut_short = step.result.is_none() || step.settle_timeout;
+        let mut course = Course::new(&step.requests, cut_short);
+        if let Some(device) = &mut self.mem_device {
+            device.retry(&mut self.hotplug, &mut course)?;
+        }
         match &step.op {
             Op::Other => {}
+            Op::Probe { out } => self.probe(out, &mut checks)?,
+            Op::Resize(size) => {
+                let device = self.mem_device.as_ref();
+                let device = device.ok_or("there is no device to resize")?;
+                outcome = Some(match (device.resize(*size), &step.result) {
+                    (Ok(()), _) => Outcome::Success,
+                    // Whatever name the machine has for that.
+                    (Err(_), Some(errno @ Outcome::Errno(_))) => errno.clone(),
+                    (Err(error), _) => Outcome::Errno(error),
+                });
+            }
             Op::AddDimm(dimm) => {
                 // The result is the machine's; whether the guest took it is seen from the blocks.
                 if step.result == Some(Outcome::Success) {
@@ -193,6 +219,7 @@ impl Guest {
             }
         }
         self.continue_ejects(step, asked, &mut checks)?;
+        self.finish_requests(step, course, &mut checks)?;
         Ok((outcome, checks))
     }
 

@@ -20,6 +20,12 @@ pub struct Inputs {
     pub early_states: u64,
     /// Uevents of an eject that were heard one step late.
     pub late_uevents: u64,
+    /// Places of virtio-mem memory that were passed over because the kernel uses them.
+    pub busy_places: u64,
+    /// Times the kernel stopped unplugging with memory left that it could have tried.
+    pub given_up: u64,
+    /// Times the driver of virtio-mem has tried again after a wait.
+    pub retries: u64,
     /// Module parameters that were set between boot and the first step.
     pub parameters: u64,
 }
@@ -32,6 +38,9 @@ impl AddAssign for Inputs {
         self.in_use += other.in_use;
         self.early_states += other.early_states;
         self.late_uevents += other.late_uevents;
+        self.busy_places += other.busy_places;
+        self.given_up += other.given_up;
+        self.retries += other.retries;
         self.parameters += other.parameters;
     }
 }
@@ -45,6 +54,9 @@ impl fmt::Display for Inputs {
             in_use,
             early_states,
             late_uevents,
+            busy_places,
+            given_up,
+            retries,
             parameters,
         } = self;
         write!(f, "{busy} EBUSY, {interrupted} EINTR, {endless} endless")?;
@@ -53,6 +65,9 @@ impl fmt::Display for Inputs {
             (in_use, "in use"),
             (early_states, "early states"),
             (late_uevents, "late uevents"),
+            (busy_places, "busy places"),
+            (given_up, "given up"),
+            (retries, "retries"),
             (parameters, "parameters"),
         ] {
             if *count > 0 {

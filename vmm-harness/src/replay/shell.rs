@@ -166,6 +166,15 @@ impl Shell<'_> {
             self.failed = false;
             return Ok(());
         }
+        // `cat FILE > FILE`, without what is in it.
+        if let ([command, _], Some(file)) = (&expanded[..], file)
+            && command == "cat"
+            && !piped
+        {
+            let file = self.expand(file)?;
+            self.write(&file, "");
+            return Ok(());
+        }
         if expanded.first().is_none_or(|command| command != "echo") || piped {
             self.failed = false;
             return Ok(());
@@ -187,10 +196,14 @@ impl Shell<'_> {
         if self.strict && (!file.starts_with(['/', '&']) || file.contains(['*', '?', '['])) {
             return Err(ShellError::Unsupported(format!("> {file}")));
         }
-        self.failed = !(self.write)(&file, &text);
+        self.write(&file, &text);
+        Ok(())
+    }
+
+    fn write(&mut self, file: &str, text: &str) {
+        self.failed = !(self.write)(file, text);
         self.wrote = Some(self.writes);
         self.writes += 1;
-        Ok(())
     }
 
     /// What would be printed if the command before had failed.

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::qmp::Message;
+use super::requests::Recorded;
 use super::trace::{BlockRow, Dimm, NodeLists, ZoneRow};
 
 /// What was done, and what was seen afterwards. What was not recorded is not compared.
@@ -33,6 +34,14 @@ pub(super) struct Step {
     pub(super) iomem: Option<Vec<String>>,
     /// What the machine heard from ACPI during this step.
     pub(super) messages: Vec<Message>,
+    /// What the virtio-mem driver asked of its device since the step before.
+    pub(super) requests: Vec<Recorded>,
+    /// The recorder did not wait until the driver had done all it could.
+    pub(super) settle_timeout: bool,
+    /// Bytes the device wants plugged, afterwards.
+    pub(super) requested_size: Option<u64>,
+    /// Bytes the device has plugged, afterwards.
+    pub(super) plugged_size: Option<u64>,
 }
 
 impl Step {
@@ -78,6 +87,13 @@ pub(super) enum Op {
         /// What it printed.
         out: String,
     },
+    /// The driver of a virtio-mem device came to it; what its module and the kernel's log said.
+    Probe {
+        /// Lines.
+        out: String,
+    },
+    /// The operator asked for another size of a virtio-mem device, in bytes.
+    Resize(u64),
     /// Something that is none of memory hotplug's business.
     Other,
 }
@@ -155,6 +171,12 @@ struct RawStep {
     outcome: Option<EjectOutcome>,
     out: Option<String>,
     #[serde(default)]
+    requests: Vec<Value>,
+    #[serde(default)]
+    settle_timeout: Value,
+    requested_size: Option<u64>,
+    plugged_size: Option<u64>,
+    #[serde(default)]
     value_after: Value,
 }
 
@@ -198,6 +220,14 @@ impl TryFrom<RawStep> for Step {
                 .flatten()
                 .filter_map(Message::read)
                 .collect(),
+            requests: raw
+                .requests
+                .iter()
+                .filter_map(|request| Recorded::read(request).transpose())
+                .collect::<Result<_, _>>()?,
+            settle_timeout: ![Value::Null, Value::Bool(false)].contains(&raw.settle_timeout),
+            requested_size: raw.requested_size,
+            plugged_size: raw.plugged_size,
         })
     }
 }
@@ -247,7 +277,14 @@ impl RawStep {
                 script: self.text("arg", &self.arg)?,
                 out: self.out.clone().unwrap_or_default(),
             }),
-            "read" | "wait" | "fill_tmpfs" | "checksum" | "rm" | "hog" => Ok(Op::Other),
+            "probe" => Ok(Op::Probe {
+                out: self.out.clone().unwrap_or_default(),
+            }),
+            "resize" => match self.arg.as_u64() {
+                Some(size) => Ok(Op::Resize(size)),
+                None => Err(format!("arg of resize: {} is no size", self.arg)),
+            },
+            "initial" | "read" | "wait" | "fill_tmpfs" | "checksum" | "rm" | "hog" => Ok(Op::Other),
             op => match op.strip_prefix("write_") {
                 Some(file) if !file.is_empty() => Ok(Op::Write {
                     file: match self.block()? {

@@ -14,6 +14,8 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use thiserror::Error;
 
+use super::boot::{options, parse_bytes, property};
+use super::requests::RecordedDevice;
 use super::step::Step;
 
 /// Most bytes of a file: a hundred times what the longest recording has.
@@ -49,9 +51,6 @@ pub enum TraceError {
         /// What is wrong with it.
         what: String,
     },
-    /// A recording of the virtio-mem driver.
-    #[error("{0} records a virtio-mem device, and such traces are not replayed yet")]
-    VirtioMem(String),
 }
 
 /// Shorthand for [`TraceError::Impossible`].
@@ -60,13 +59,6 @@ pub(super) fn impossible(place: impl Into<String>, what: impl Into<String>) -> T
         place: place.into(),
         what: what.into(),
     }
-}
-
-/// What tells the kinds of traces apart; the rest is read once the kind is known.
-#[derive(Deserialize)]
-struct Header {
-    scenario: String,
-    device: Option<de::IgnoredAny>,
 }
 
 /// One boot and what was done after it.
@@ -79,6 +71,8 @@ pub struct Trace {
     /// The DIMMs of the steps.
     #[serde(default, deserialize_with = "or_default")]
     pub(super) dimms: Vec<Dimm>,
+    /// The virtio-mem device.
+    pub(super) device: Option<RecordedDevice>,
     /// Module parameters after the last step.
     #[serde(default, deserialize_with = "or_default")]
     pub(super) params_at_end: BTreeMap<String, Parameter>,
@@ -260,17 +254,25 @@ impl Trace {
         Self::parse(&json)
     }
 
+    /// What the machine's command line requests of its virtio-mem device.
+    fn requested_size_at_start(&self) -> u64 {
+        let devices =
+            options(self, "-device").filter(|option| option.starts_with("virtio-mem-pci,"));
+        let mut sizes = devices.filter_map(|option| property(option, "requested-size"));
+        sizes.find_map(parse_bytes).unwrap_or(0)
+    }
+
     /// Reads a document.
     ///
     /// # Errors
     ///
     /// [`TraceError`] if it cannot be replayed.
     pub fn parse(json: &[u8]) -> Result<Self, TraceError> {
-        let header: Header = serde_json::from_slice(json)?;
-        if header.device.is_some() || header.scenario.starts_with("S5") {
-            return Err(TraceError::VirtioMem(header.scenario));
+        let mut trace: Self = serde_json::from_slice(json)?;
+        let requested_size = trace.requested_size_at_start();
+        if let Some(device) = &mut trace.device {
+            device.requested_size = requested_size;
         }
-        let trace: Self = serde_json::from_slice(json)?;
         trace.check()?;
         Ok(trace)
     }
