@@ -6,7 +6,7 @@ use virtio_mem_wire::{BlockRange, Request, RequestKind, Response, Span};
 
 use super::events::Event;
 use super::progress::{Failure, Stall};
-use super::queue::RequestQueue;
+use super::queue::{Answered, RequestQueue};
 use super::rest::delays;
 use super::state::Presence;
 use super::{MemDriver, Strategy};
@@ -75,7 +75,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         let Some(queue) = &mut self.queue else {
             return Ok(false);
         };
-        let Some((slot, response)) = queue.receive()? else {
+        let Some(Answered { slot, response }) = queue.receive()? else {
             return Ok(false);
         };
         let Some(InFlight { sent, .. }) = self.in_flight[slot].take() else {
@@ -152,6 +152,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         }
         if self.policy.strategy == Strategy::Direct {
             self.retry_delay_ms = delays(Strategy::Direct).0;
+            self.awake_since_ms = self.now_ms;
             self.starved = 0;
         }
     }
@@ -167,7 +168,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             Sent::Plug(range) => self.maps.intended.remove(range),
             Sent::Unplug(range) => {
                 self.maps.intended.insert(range);
-                self.give_back_present(hotplug, range);
+                self.release_present(hotplug, range);
             }
             Sent::UnplugAll => {
                 self.maps.intended = self.maps.plugged.clone();
@@ -175,14 +176,14 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                     first: 0,
                     count: self.layout.geometry.block_count(),
                 };
-                self.give_back_present(hotplug, all);
+                self.release_present(hotplug, all);
             }
             Sent::State(_) => {}
         }
     }
 
-    /// Gives back what is taken of `range` in units that are added.
-    pub(super) fn give_back_present<M: PhysicalMemory>(
+    /// Releases what is taken of `range` in units that are added.
+    pub(super) fn release_present<M: PhysicalMemory>(
         &mut self,
         hotplug: &Hotplug<M>,
         range: BlockRange,
@@ -200,7 +201,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                     self.with_view(hotplug, |view| view.common(unit) == Some(Presence::Absent));
                 if !absent {
                     let count = end - first;
-                    self.maps.give_back(BlockRange { first, count });
+                    self.maps.release(BlockRange { first, count });
                 }
                 first = end;
             }

@@ -66,7 +66,9 @@ impl Attachment {
                     .resources()
                     .iomem()
                     .any(|known| known.name() == REGION_NAME && known.range() == region);
-            if !left_behind {
+            if left_behind {
+                hotplug.cancel_taking(region.start, region.end - region.start);
+            } else {
                 let flags = ResourceFlags::VIRTIO_MEM_REGION;
                 hotplug
                     .claim_resource(region.clone(), REGION_NAME, flags)
@@ -134,8 +136,10 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         }
         if self.policy.strategy == Strategy::Linux {
             self.remove_offline_partial(hotplug);
-        } else {
+        } else if self.failure.is_none() && self.scan.is_none() {
             self.give_back_everything(hotplug);
+        } else {
+            // What is plugged of it is not known, so it stays out of use (G-06).
         }
         let added_size = self.attachment.remove(hotplug, &self.layout);
         Removed { added_size }
@@ -161,7 +165,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         for run in runs {
             let certain: alloc::vec::Vec<_> = self.maps.intended.runs_in(run, true).collect();
             for run in certain {
-                self.maps.give_back(run);
+                self.maps.release(run);
             }
         }
         let runs: alloc::vec::Vec<_> = self.maps.fresh.runs().collect();

@@ -10,8 +10,9 @@ use virtio_mem_wire::{BlockMap, BlockRange};
 
 use super::MemDriver;
 use super::answers::Sent;
+use super::campaign::Purpose;
 use super::layout::Mode;
-use super::plan::direct::{Edge, choose};
+use super::plan::direct::{Candidates, Edge, choose};
 use super::progress::{Failure, Progress, Stall};
 use super::state::{Presence, UnitState, View, offline_threshold};
 use super::step::Aim;
@@ -32,11 +33,12 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             Aim::Shrink(granules) => return self.shrink(hotplug, granules),
             _ if taken > 0 || self.emptying.is_some() => {
                 self.stop_emptying(hotplug);
-                self.chosen.clear();
-                self.give_back_resting();
+                self.campaign.clear();
+                self.release_resting();
                 return Ok(Progress::Converging);
             }
-            _ => self.chosen.clear(),
+            Aim::Grow(_) => {}
+            Aim::Reached => self.campaign.clear(),
         }
         match aim {
             // Blocks that are leaving cannot be plugged again yet.
@@ -58,46 +60,54 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         granules: u64,
     ) -> Result<Progress, Failure> {
         let want = granules.saturating_mul(self.layout.granule_blocks);
-        let budget = self.unit_budget(hotplug);
         let most = self.layout.request_blocks;
-        let (next, no_room) = self.with_view(hotplug, |view| {
-            let (gaps, absent) = self.gaps(view, budget > 0);
-            let first = want.min(most);
-            let piece = choose(&gaps, first, most, Edge::Low).first().copied();
-            (piece.map(|piece| trim(view, piece, budget)), absent)
+        let budget = self.unit_budget(hotplug);
+        let may_be_added = budget > 0;
+        let purpose = Purpose::Plug { may_be_added };
+        let mut campaign = core::mem::take(&mut self.campaign);
+        let candidates = campaign.candidates(purpose, || {
+            let gaps = self.with_view(hotplug, |view| self.gaps(view, may_be_added));
+            Candidates::new(&gaps, Edge::Low)
         });
-        match next {
+        let piece = candidates.take(want.min(most)).map(|piece| {
+            let [now, later] = self.with_view(hotplug, |view| split(view, piece, budget));
+            candidates.insert(later);
+            now
+        });
+        self.campaign = campaign;
+        match piece {
             Some(range) => {
                 self.send(Sent::Plug(range))?;
                 return Ok(Progress::Converging);
             }
             None if self.requests_in_flight() > 0 => return Ok(Progress::AwaitingDevice),
-            None if no_room => self.wait(Stall::OfflineThreshold),
-            None => self.wait(Stall::NoSpace),
+            None => {
+                let kept_out = !may_be_added && self.with_view(hotplug, |view| any_absent(view));
+                self.wait(match kept_out {
+                    true => Stall::OfflineThreshold,
+                    false => Stall::NoSpace,
+                });
+            }
         }
         Ok(self.resting())
     }
 
-    /// What could be plugged: gaps in units that are there, and, if more `may_be_added`, units that are not. And
-    /// whether there are any of the latter that may not.
-    fn gaps(&self, view: &View<'_>, may_be_added: bool) -> (BlockMap, bool) {
+    /// What could be plugged: gaps in units that are there, and, if more `may_be_added`, units that are not.
+    fn gaps(&self, view: &View<'_>, may_be_added: bool) -> BlockMap {
         let mut gaps = BlockMap::new(self.layout.geometry.block_count());
-        let mut kept_out = false;
         for unit in view.units.clone() {
-            let blocks = view.layout.unit(unit);
-            match view.state(unit) {
-                UnitState::Foreign => continue,
-                UnitState::Unused | UnitState::Plugged if !may_be_added => {
-                    kept_out = true;
-                    continue;
+            let possible = match view.state(unit) {
+                UnitState::Foreign => false,
+                UnitState::Unused | UnitState::Plugged => may_be_added,
+                _ => true,
+            };
+            if possible {
+                for gap in self.maps.intended.runs_in(view.layout.unit(unit), false) {
+                    gaps.insert(gap);
                 }
-                _ => {}
-            }
-            for gap in self.maps.intended.runs_in(blocks, false) {
-                gaps.insert(gap);
             }
         }
-        (gaps, kept_out)
+        gaps
     }
 
     /// How many units may be added before somebody has to bring some online. As long as that happens by itself, all.
@@ -134,7 +144,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         match self.take_some(hotplug) {
             Some(Taking::More) => return Ok(Progress::Converging),
             Some(Taking::Taken(range)) => {
-                self.chosen.remove(range);
+                self.campaign.remove_end(range);
                 self.maps.taken.insert(range);
                 return Ok(Progress::Converging);
             }
@@ -149,13 +159,13 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             self.keep_taken(excess);
             return Ok(Progress::Converging);
         }
-        let chosen = self.chosen.count() / self.layout.granule_blocks;
+        let chosen = self.campaign.chosen_blocks() / self.layout.granule_blocks;
         let missing = excess - taken;
         if chosen != missing && self.choose_more(hotplug, missing, chosen) {
             return Ok(Progress::Converging);
         }
-        if let Some(run) = self.chosen.runs().last() {
-            let range = self.next_to_take(run);
+        if let Some(piece) = self.campaign.next() {
+            let range = self.next_to_take(piece);
             self.emptying = Some(Emptying::new(&self.layout, range));
             return Ok(Progress::Converging);
         }
@@ -170,21 +180,24 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         chosen: u64,
     ) -> bool {
         let mut want = missing.saturating_sub(chosen);
+        let mut campaign = core::mem::take(&mut self.campaign);
         if chosen > missing {
-            self.chosen.clear();
+            campaign.clear();
             want = missing;
         }
+        let candidates = campaign.candidates(Purpose::Take, || {
+            let removable = self.with_view(hotplug, |view| self.removable(view));
+            Candidates::new(&removable, Edge::High)
+        });
         let blocks = want.saturating_mul(self.layout.granule_blocks);
-        let candidates = self.with_view(hotplug, |view| self.removable(view));
         let most = self.layout.request_blocks.max(self.layout.granule_blocks);
-        let pieces = choose(&candidates, blocks, most, Edge::High);
-        for piece in &pieces {
-            self.chosen.insert(*piece);
-        }
+        let pieces = candidates.choose(blocks, most);
+        campaign.add(&pieces);
+        self.campaign = campaign;
         chosen > missing || !pieces.is_empty()
     }
 
-    /// Whole granules of units that are there, but for what is taken, chosen, or in use.
+    /// Whole granules of units that are there, but for what is taken or in use. Nothing is chosen yet.
     fn removable(&self, view: &View<'_>) -> BlockMap {
         let mut map = BlockMap::new(self.layout.geometry.block_count());
         for unit in view.layout.all_units() {
@@ -204,7 +217,6 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             &self.maps.taken,
             &self.maps.torn,
             &self.maps.fresh,
-            &self.chosen,
             &self.in_use.granules,
         ] {
             for run in other.runs() {
@@ -244,7 +256,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         }
         self.note_in_use(range);
         if range.count <= self.layout.granule_blocks {
-            self.chosen.remove(range);
+            self.campaign.remove_end(range);
         }
     }
 
@@ -258,14 +270,14 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         }
         let surplus: alloc::vec::Vec<_> = whole.runs().collect();
         for run in surplus {
-            self.maps.give_back(run);
+            self.maps.release(run);
         }
     }
 
-    fn give_back_resting(&mut self) {
+    fn release_resting(&mut self) {
         let resting: alloc::vec::Vec<_> = self.resting_taken().runs().collect();
         for run in resting {
-            self.maps.give_back(run);
+            self.maps.release(run);
         }
     }
 
@@ -321,8 +333,14 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     }
 }
 
-/// Cuts a piece before the first unit that would exceed what may be added.
-fn trim(view: &View<'_>, piece: BlockRange, budget: u64) -> BlockRange {
+/// Whether a unit of the usable region is not there.
+fn any_absent(view: &View<'_>) -> bool {
+    let absent = |unit| matches!(view.state(unit), UnitState::Unused | UnitState::Plugged);
+    view.units.clone().any(absent)
+}
+
+/// Cuts a piece before the first unit that would exceed what may be added; returns both parts.
+fn split(view: &View<'_>, piece: BlockRange, budget: u64) -> [BlockRange; 2] {
     let mut left = budget;
     let mut first = piece.first;
     while first < piece.end() {
@@ -335,8 +353,9 @@ fn trim(view: &View<'_>, piece: BlockRange, budget: u64) -> BlockRange {
         }
         first = view.layout.unit(unit).end();
     }
-    BlockRange {
-        first: piece.first,
-        count: first.min(piece.end()) - piece.first,
-    }
+    let end = first.min(piece.end());
+    [(piece.first, end), (end, piece.end())].map(|(first, end)| BlockRange {
+        first,
+        count: end - first,
+    })
 }

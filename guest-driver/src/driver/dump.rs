@@ -10,7 +10,7 @@ use virtio_mem_wire::{BlockRange, BlockState, Config, Request, Response, Span};
 
 use super::ProbeError;
 use super::probe::{Ready, SUPPORTED, reset};
-use super::queue::RequestQueue;
+use super::queue::{Answered, RequestQueue};
 
 /// A read-only view of a memory device, for the kernel that writes a crash dump.
 ///
@@ -160,7 +160,10 @@ impl<H: Hal, T: Transport> DumpView<H, T> {
             return None;
         }
         match self.queue.receive() {
-            Ok(Some((_, Ok(Response::AckState(state))))) => Some(state),
+            Ok(Some(Answered {
+                response: Ok(Response::AckState(state)),
+                ..
+            })) => Some(state),
             Ok(_) => None,
             Err(_) => {
                 self.dead = true;

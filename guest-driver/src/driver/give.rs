@@ -134,20 +134,28 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         let empty = self.with_view(hotplug, |view| {
             let units = view.layout.all_units();
             let mut units = units.start.max(from)..units.end;
-            units.find(|unit| {
+            let empty = units.find(|unit| {
                 let blocks = view.layout.unit(*unit);
+                let mut ids = view.layout.memory_blocks(*unit).map(view.presence);
                 self.maps.plugged.count_in(blocks) == 0
                     && self.maps.intended.count_in(blocks) == 0
-                    && view.common(*unit).is_some_and(Presence::is_ours)
-            })
+                    && ids.any(|presence| presence.is_ours() || presence == Presence::GoingOffline)
+            });
+            empty.map(|unit| (unit, view.common(unit).is_some_and(Presence::is_ours)))
         });
-        let Some(unit) = empty else {
+        let Some((unit, removable)) = empty else {
             self.removal.check = false;
             self.removal.from = 0;
             return false;
         };
         self.removal.from = unit + 1;
-        self.remove_unit(hotplug, unit);
+        match removable {
+            true => {
+                self.remove_unit(hotplug, unit);
+            }
+            // Somebody is taking it offline, or has added a part of it.
+            false => self.removal.refused = true,
+        }
         true
     }
 

@@ -40,8 +40,11 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             None => {}
         }
         // What could not be added, or was removed without being unplugged (`virtio_mem_cleanup_pending_mb`).
-        if let Some(run) = self.maps.taken.runs().last() {
-            return self.unplug_linux(run);
+        if let Some(first) = self.maps.taken.next(0, true) {
+            let unit = self.layout.unit(self.layout.unit_of(first));
+            if let Some(run) = self.maps.taken.runs_in(unit, true).last() {
+                return self.unplug_linux(run);
+            }
         }
         if let Some(stall) = self.pending_stall.take() {
             self.wait(stall);

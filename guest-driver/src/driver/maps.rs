@@ -57,17 +57,20 @@ impl Maps {
 
     /// Granules that will be plugged entirely once everything in flight is done.
     pub(super) fn intended_granules(&self, layout: &Layout) -> u64 {
-        self.intended.count().saturating_sub(self.torn.count()) / layout.granule_blocks
+        let torn = self.staying(&self.torn);
+        self.intended.count().saturating_sub(torn) / layout.granule_blocks
     }
 
-    /// Whole granules that are taken, and not being unplugged yet. Nothing in flight is plugged meanwhile.
+    /// Whole granules that are taken, and not being unplugged yet.
     pub(super) fn taken_granules(&self, layout: &Layout) -> u64 {
-        let leaving = self.plugged.count().saturating_sub(self.intended.count());
-        let resting = self
-            .taken
-            .count()
-            .saturating_sub(self.torn.count() + leaving);
+        let torn = self.staying(&self.torn);
+        let resting = self.staying(&self.taken).saturating_sub(torn);
         resting / layout.granule_blocks
+    }
+
+    /// Blocks of `map`, which are plugged, that are not being unplugged.
+    fn staying(&self, map: &BlockMap) -> u64 {
+        map.runs().map(|run| self.intended.count_in(run)).sum()
     }
 
     /// The device has plugged `range`: whole granules, or part of one.
@@ -117,8 +120,8 @@ impl Maps {
         *self = Self::new(self.plugged.len());
     }
 
-    /// What is taken of `range`, and made of whole granules, is to be given back.
-    pub(super) fn give_back(&mut self, range: BlockRange) {
+    /// What is taken of `range`, and made of whole granules, is fresh again: to be given back.
+    pub(super) fn release(&mut self, range: BlockRange) {
         let Self {
             taken, fresh, torn, ..
         } = self;
@@ -130,6 +133,12 @@ impl Maps {
         for run in fresh.runs_in(range, true) {
             taken.remove(run);
         }
+    }
+
+    /// Whatever is plugged of `range` stays plugged: it is somebody else's.
+    pub(super) fn leave_alone(&mut self, range: BlockRange) {
+        self.torn.remove(range);
+        self.taken.remove(range);
     }
 
     fn note_torn(&mut self, layout: &Layout, plugged: &BlockMap, block: u64) {

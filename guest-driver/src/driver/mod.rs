@@ -5,7 +5,7 @@
 //! | `probe`, `attach` | initialisation; the driver's resource, group and notifier in the hotplug core |
 //! | `layout`, `maps`, `state` | sizes and ids; what is known of each device block; the state of a unit, derived |
 //! | `plan` | what to plug or unplug next, in Linux's order or in the fewest requests: pure functions |
-//! | `linux`, `direct` | the two strategies on top of that |
+//! | `linux`; `direct`, `campaign` | the two strategies on top of that |
 //! | `take`, `give` | memory out of the page allocator before it is unplugged, and into it after it was plugged |
 //! | `queue`, `answers` | requests in flight and what their answers change |
 //! | `rest`, `watch` | when there is nothing to do, and what ends that; who goes online and offline |
@@ -35,6 +35,7 @@ use crate::hotplug::{self, Hotplug, OnlineType, PhysicalMemory};
 
 mod answers;
 mod attach;
+mod campaign;
 mod config;
 mod counters;
 mod direct;
@@ -72,6 +73,7 @@ pub use suspend::{Suspend, SuspendError};
 
 use answers::InFlight;
 use attach::{Attachment, owner};
+use campaign::Campaign;
 use events::Sink;
 use layout::Layout;
 use maps::Maps;
@@ -107,7 +109,7 @@ enum Phase {
 /// All memory it has added goes through the one [`Hotplug`] that is passed to [`probe`](Self::probe) and to
 /// [`poll`](Self::poll). [`remove`](Self::remove) takes back what it has registered there. When it is only dropped it
 /// resets the device, which keeps all blocks plugged (D-13), and its notifier stays behind and does nothing; a
-/// range that was being emptied stays isolated.
+/// range that was being emptied stays isolated until another driver is probed.
 pub struct MemDriver<H: Hal, T: Transport> {
     transport: T,
     /// None while the device is suspended.
@@ -135,11 +137,12 @@ pub struct MemDriver<H: Hal, T: Transport> {
     maps: Maps,
     removal: Removal,
     emptying: Option<Emptying>,
-    /// Direct: what is to be taken.
-    chosen: BlockMap,
+    campaign: Campaign,
     in_use: InUse,
     /// Direct: how often in a row there was nowhere to move pages to.
     starved: u8,
+    /// Direct: since when there was something to do, without success so far.
+    awake_since_ms: u64,
     /// Linux: why to wait once what could not be added is unplugged.
     pending_stall: Option<Stall>,
     /// Linux: memory was removed, which is a reason not to wait.
@@ -188,14 +191,24 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         }
         let interrupt = self.transport.ack_interrupt();
         if interrupt.contains(InterruptStatus::DEVICE_CONFIGURATION_INTERRUPT) {
-            self.config_changed = true;
-            if matches!(self.rest, Rest::Waiting(w) if w.reason == Stall::ConfigUnstable) {
-                self.rest = Rest::None;
-            }
-            let status = self.transport.get_status();
-            if status.contains(DeviceStatus::DEVICE_NEEDS_RESET) {
-                self.needs_reset = true;
-            }
+            self.on_config_change();
+        }
+    }
+
+    /// To be called when the device has sent the message for configuration changes, where there is one apart (MSI-X:
+    /// the device need not set the bit that [`on_interrupt`](Self::on_interrupt) looks for). [`poll`](Self::poll) must
+    /// be called soon.
+    pub fn on_config_change(&mut self) {
+        if self.phase == Phase::Suspended {
+            return;
+        }
+        self.config_changed = true;
+        if matches!(self.rest, Rest::Waiting(w) if w.reason == Stall::ConfigUnstable) {
+            self.rest = Rest::None;
+        }
+        let status = self.transport.get_status();
+        if status.contains(DeviceStatus::DEVICE_NEEDS_RESET) {
+            self.needs_reset = true;
         }
     }
 
@@ -210,10 +223,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         id: u64,
         online_type: OnlineType,
     ) -> Result<(), hotplug::Error> {
-        let inside = self
-            .layout
-            .all_units()
-            .any(|unit| self.layout.memory_blocks(unit).contains(&id));
+        let unit = id / (self.layout.unit_size / self.layout.memory_block_size);
+        let inside = self.layout.all_units().contains(&unit);
         if !inside || !Presence::of(hotplug, owner(), id).is_ours() {
             return Err(hotplug::Error::Invalid);
         }

@@ -6,9 +6,10 @@ use alloc::vec::Vec;
 use thiserror::Error;
 use virtio_drivers::Hal;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, Transport};
-use virtio_mem_wire::{BlockMap, Config, Features};
+use virtio_mem_wire::{Config, Features};
 
 use super::attach::Attachment;
+use super::campaign::Campaign;
 use super::events::Sink;
 use super::layout::Layout;
 use super::maps::Maps;
@@ -199,9 +200,10 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             maps: Maps::new(block_count),
             removal: Removal::default(),
             emptying: None,
-            chosen: BlockMap::new(block_count),
+            campaign: Campaign::default(),
             in_use: InUse::new(block_count),
             starved: 0,
+            awake_since_ms: 0,
             pending_stall: None,
             removed_in_run: false,
             rest: Rest::None,

@@ -133,6 +133,9 @@ pub enum ResyncReason {
     /// D-03, H-7: `plugged_size` is not what it should be.
     #[error("the plugged size does not match")]
     PluggedSize,
+    /// The device has used a buffer it was not given.
+    #[error("the virtqueue is broken")]
+    Queue,
     /// An answer that made no sense.
     #[error("an impossible answer")]
     Answer,

@@ -96,6 +96,14 @@ impl<H: Hal> fmt::Debug for RequestQueue<H> {
     }
 }
 
+/// An answer, if it is one.
+#[derive(Debug)]
+pub(super) struct Answered {
+    /// The number of its request.
+    pub(super) slot: usize,
+    pub(super) response: Result<Response, ResponseError>,
+}
+
 impl<H: Hal> RequestQueue<H> {
     /// Sets the queue up. The device must not be running yet.
     pub(super) fn new(transport: &mut impl Transport) -> Result<Self, virtio_drivers::Error> {
@@ -158,14 +166,8 @@ impl<H: Hal> RequestQueue<H> {
         each!(&*self.ring, queue => queue.can_pop())
     }
 
-    /// The next answer, if there is one, and the number of its request.
-    #[expect(
-        clippy::type_complexity,
-        reason = "a queue that works, and what was said"
-    )]
-    pub(super) fn receive(
-        &mut self,
-    ) -> Result<Option<(usize, Result<Response, ResponseError>)>, virtio_drivers::Error> {
+    /// The next answer, if there is one. An error is a queue that does not work any more.
+    pub(super) fn receive(&mut self) -> Result<Option<Answered>, virtio_drivers::Error> {
         let Some(token) = each!(&*self.ring, queue => queue.peek_used()) else {
             return Ok(None);
         };
@@ -187,7 +189,8 @@ impl<H: Hal> RequestQueue<H> {
         let (_, answer) = unsafe { buffers(self.page, slot) };
         // V-14: bytes beyond the used length are not the device's.
         let len = answer.len().min(used_len as usize);
-        Ok(Some((slot, Response::parse(kind, &answer[..len]))))
+        let response = Response::parse(kind, &answer[..len]);
+        Ok(Some(Answered { slot, response }))
     }
 
     /// From now on the device does not use the queue: its memory can be given back when this is dropped.

@@ -15,6 +15,7 @@ use crate::hotplug::{Hotplug, PhysicalMemory};
 /// What was reported last.
 #[derive(Debug, Default)]
 pub(super) struct Reported {
+    target: Option<u64>,
     progress: Option<Progress>,
     units: Vec<UnitState>,
 }
@@ -38,13 +39,23 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
 
     /// Emits what has changed since the last poll.
     pub(super) fn report<M: PhysicalMemory>(&mut self, hotplug: &Hotplug<M>, progress: Progress) {
+        if self.events.0.is_none() {
+            return;
+        }
+        let requested_size = self.config.mutable.requested_size;
+        // The first configuration is read again before anything else.
+        if !self.config_changed && self.reported.target != Some(requested_size) {
+            self.reported.target = Some(requested_size);
+            self.events.emit(Event::Target { requested_size });
+        }
         // What is plugged is not known before a scan has come to its end.
-        if self.events.0.is_none() || self.scan.is_some() {
+        if self.scan.is_some() {
             return;
         }
         let last = self.reported.progress.replace(progress);
-        let at_rest = !matches!(progress, Progress::Converging);
-        if last == Some(progress) && at_rest {
+        // Moving pages changes nothing that is reported.
+        let unchanged = self.emptying.is_some() || !matches!(progress, Progress::Converging);
+        if last == Some(progress) && unchanged {
             return;
         }
         self.report_units(hotplug);

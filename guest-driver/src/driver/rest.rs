@@ -36,6 +36,10 @@ pub(super) const fn delays(strategy: Strategy) -> (u64, u64) {
     }
 }
 
+/// Under [`Strategy::Direct`] the driver rests at least so many times as long as it has looked in vain, up to a limit.
+const REST_PER_WORK: u64 = 9;
+const REST_MAX_MS: u64 = 30_000;
+
 impl<H: Hal, T: Transport> MemDriver<H, T> {
     /// Rests for a while, or until something changes, because of `reason`.
     pub(super) fn wait(&mut self, reason: Stall) {
@@ -54,7 +58,20 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             Stall::OfflineThreshold => false,
             _ => true,
         };
-        let retry_at_ms = timed.then(|| self.now_ms.saturating_add(self.retry_delay_ms));
+        let mut delay_ms = self.retry_delay_ms;
+        if !matches!(
+            reason,
+            Stall::DeviceBusy | Stall::Refused | Stall::ConfigUnstable
+        ) {
+            // What can be done is done, so what went wrong before is overcome.
+            self.resyncs = 0;
+            if !linux {
+                // A large guest in use from end to end takes a while to look through.
+                let spent_ms = self.now_ms.saturating_sub(self.awake_since_ms);
+                delay_ms = delay_ms.max(spent_ms.saturating_mul(REST_PER_WORK).min(REST_MAX_MS));
+            }
+        }
+        let retry_at_ms = timed.then(|| self.now_ms.saturating_add(delay_ms));
         // Said once, however often it is tried again.
         let level = match self.said == Some(reason) {
             true => log::Level::Debug,
@@ -84,8 +101,9 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     /// Everything may be tried again.
     pub(super) fn end_rest(&mut self) {
         self.rest = Rest::None;
+        self.awake_since_ms = self.now_ms;
         self.in_use.clear();
-        self.chosen.clear();
+        self.campaign.clear();
         self.removed_in_run = false;
         self.removal.from = 0;
         self.removal.check |= core::mem::take(&mut self.removal.refused);
@@ -95,7 +113,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     ///
     /// Under [`Strategy::Linux`] an online wakes it only once half of the threshold is free, and an offline only
     /// where nothing but offline memory is unplugged.
-    pub(super) fn check_triggers<M: PhysicalMemory>(&mut self, hotplug: &Hotplug<M>) {
+    pub(super) fn check_triggers<M: PhysicalMemory>(&mut self, hotplug: &mut Hotplug<M>) {
         if let Rest::Waiting(Waiting {
             retry_at_ms: Some(at),
             ..
@@ -109,7 +127,13 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         let seen = self.attachment.watch.seen();
         let onlined = seen.onlined != self.seen.onlined;
         let offlined = seen.offlined != self.seen.offlined;
-        if self.rest == Rest::None || !(onlined || offlined) {
+        if !(onlined || offlined) {
+            return;
+        }
+        if self.rest == Rest::None {
+            // What was chosen to be taken may be another kind of memory now.
+            self.campaign.clear();
+            self.stop_emptying(hotplug);
             return;
         }
         let wakes = match self.policy.strategy {

@@ -95,33 +95,32 @@ fn halves(layout: &Layout, range: BlockRange) -> [BlockRange; 2] {
 }
 
 impl<H: Hal, T: Transport> MemDriver<H, T> {
-    /// Starts a scan because of `failure`, unless that has been tried.
+    /// Starts a scan because of `failure`, after a reset where it takes one, unless that has been tried.
     pub(super) fn resync<M: PhysicalMemory>(
         &mut self,
         hotplug: &mut Hotplug<M>,
         reason: ResyncReason,
         failure: Failure,
     ) -> Result<(), Failure> {
-        let most = match reason {
-            ResyncReason::NeedsReset | ResyncReason::AnswerTimeout => RESETS_MAX,
-            _ => RESYNCS_MAX,
+        let (most, needs_reset) = match reason {
+            ResyncReason::NeedsReset | ResyncReason::AnswerTimeout => (RESETS_MAX, true),
+            ResyncReason::Queue => (RESYNCS_MAX, true),
+            _ => (RESYNCS_MAX, false),
         };
         if self.policy.strategy == Strategy::Linux || self.resyncs >= most {
             return Err(failure);
         }
         self.resyncs += 1;
         log::warn!("virtio-mem: {failure}: asking the device what is plugged");
-        self.stop_emptying(hotplug);
-        self.chosen.clear();
-        self.start_scan(reason);
-        Ok(())
-    }
-
-    fn start_scan(&mut self, reason: ResyncReason) {
         self.events.emit(Event::Resync(reason));
+        self.stop_emptying(hotplug);
+        if needs_reset {
+            self.restart()?;
+        }
         self.end_rest();
         let usable_size = self.config.mutable.usable_region_size;
         self.scan = Some(Scan::new(&self.layout, usable_size));
+        Ok(())
     }
 
     /// Whether the driver can go on after `failure`, and what it takes.
@@ -130,19 +129,14 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         hotplug: &mut Hotplug<M>,
         failure: Failure,
     ) -> Result<(), Failure> {
-        let (reason, needs_reset) = match failure {
-            Failure::Answer { .. } | Failure::Response(_) => (ResyncReason::Answer, false),
-            Failure::Queue(_) => (ResyncReason::Answer, true),
-            Failure::NeedsReset => (ResyncReason::NeedsReset, true),
-            Failure::AnswerTimeout => (ResyncReason::AnswerTimeout, true),
+        let reason = match failure {
+            Failure::Answer { .. } | Failure::Response(_) => ResyncReason::Answer,
+            Failure::Queue(_) => ResyncReason::Queue,
+            Failure::NeedsReset => ResyncReason::NeedsReset,
+            Failure::AnswerTimeout => ResyncReason::AnswerTimeout,
             other => return Err(other),
         };
-        self.resync(hotplug, reason, failure)?;
-        if needs_reset {
-            self.restart()?;
-            self.start_scan(reason);
-        }
-        Ok(())
+        self.resync(hotplug, reason, failure)
     }
 
     /// V-09: resets the device, which keeps all blocks plugged (D-13), and initialises it again. What was in flight
@@ -218,6 +212,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     ) -> Result<(), Failure> {
         let mut taken = plugged.clone();
         let mut lost: Option<(u64, u64)> = None;
+        let mut foreign = Vec::new();
         for unit in self.layout.all_units() {
             let blocks = self.layout.unit(unit);
             let mut ids = self.layout.memory_blocks(unit);
@@ -226,8 +221,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                 continue;
             }
             if ids.clone().any(|id| presence(id) == Presence::Foreign) {
-                // Somebody else's: whatever is plugged there stays.
-                taken.remove(blocks);
+                foreign.push(unit);
                 continue;
             }
             if let Some(id) = ids.find(|id| presence(*id) == Presence::Absent) {
@@ -253,10 +247,13 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                 }
             }
         }
+        self.maps = Maps::rebuild(&self.layout, plugged, taken);
+        for unit in foreign {
+            self.maps.leave_alone(self.layout.unit(unit));
+        }
         if let Some((address, bytes)) = lost {
             return Err(Failure::MemoryLost { address, bytes });
         }
-        self.maps = Maps::rebuild(&self.layout, plugged, taken);
         self.check_removal();
         self.config_changed = true;
         let plugged_size = self.plugged_size();

@@ -6,7 +6,6 @@ use virtio_mem_wire::{BlockRange, Config, RequestKind};
 
 use super::answers::Sent;
 use super::config::moved;
-use super::events::Event;
 use super::progress::{Failure, Progress, ResyncReason, Stall};
 use super::queue::RequestQueue;
 use super::rest::{Rest, Waiting, delays};
@@ -159,6 +158,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
                 })
             }
         };
+        // It changes what there is to choose from.
+        self.campaign.clear();
         self.send(sent)?;
         Ok(Progress::AwaitingDevice)
     }
@@ -202,11 +203,9 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             Err(error) => return Err(error.into()),
         };
         self.check(&config)?;
-        let old = core::mem::replace(&mut self.config, config);
+        self.config = config;
+        self.pending_stall = None;
         let requested_size = config.mutable.requested_size;
-        if old.mutable.requested_size != requested_size {
-            self.events.emit(Event::Target { requested_size });
-        }
         self.config_changed = false;
         self.usable_may_shrink = false;
         let refused = self.refused_at.take() == Some(requested_size);

@@ -39,7 +39,7 @@ pub enum SuspendError {
     /// back.
     #[error("requests are in flight")]
     Pending,
-    /// The device does not complete its reset.
+    /// The device does not complete its reset. The driver goes on as if the device had asked for one.
     #[error("the device does not complete its reset")]
     ResetTimeout,
 }
@@ -49,7 +49,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     ///
     /// # Errors
     ///
-    /// See [`SuspendError`]; but for [`SuspendError::Pending`] nothing has changed.
+    /// See [`SuspendError`]. The driver goes on, but for [`SuspendError::Pending`].
     pub fn suspend<M: PhysicalMemory>(
         &mut self,
         hotplug: &mut Hotplug<M>,
@@ -61,14 +61,19 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             true => self.plugged_size().max(self.config.mutable.plugged_size),
             false => self.plugged_size(),
         };
-        match kind {
-            Suspend::Disk => return Err(SuspendError::NotPermitted),
-            Suspend::Ram
-                if plugged_size > 0 && !self.features.contains(Features::PERSISTENT_SUSPEND) =>
-            {
-                return Err(SuspendError::MemoryPlugged { plugged_size });
+        let keeps = self.features.contains(Features::PERSISTENT_SUSPEND);
+        let refusal = match kind {
+            Suspend::Disk => Some(SuspendError::NotPermitted),
+            Suspend::Ram if plugged_size > 0 && !keeps => {
+                Some(SuspendError::MemoryPlugged { plugged_size })
             }
-            Suspend::Ram | Suspend::Idle => {}
+            Suspend::Ram | Suspend::Idle => None,
+        };
+        if let Some(refusal) = refusal {
+            if self.phase == Phase::Freezing {
+                self.phase = Phase::Running;
+            }
+            return Err(refusal);
         }
         if self.phase == Phase::Suspended {
             return Ok(());
@@ -80,6 +85,8 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             return Err(SuspendError::Pending);
         }
         if !reset(&mut self.transport) {
+            self.phase = Phase::Running;
+            self.needs_reset = true;
             return Err(SuspendError::ResetTimeout);
         }
         self.stop_queue();

@@ -260,6 +260,27 @@ impl<M: PhysicalMemory> Hotplug<M> {
         }
     }
 
+    /// Cancels the taking of pages anywhere in `[start, start + size)`, for a driver that is gone. Memory blocks that are
+    /// going offline are left alone.
+    pub fn cancel_taking(&mut self, start: u64, size: u64) {
+        let shift = self.config.profile.page_shift;
+        let pages = start >> shift..start.saturating_add(size) >> shift;
+        let range = self.pageblock_of(pages.start)..self.pageblock_of(pages.end);
+        let inside = |ongoing: &Ongoing| {
+            let Range { start, end } = ongoing.pageblocks;
+            ongoing.purpose == Purpose::Take && start < range.end && range.start < end
+        };
+        let ongoing = self
+            .isolations
+            .0
+            .iter()
+            .filter(|(_, ongoing)| inside(ongoing));
+        let abandoned: Vec<_> = ongoing.map(|(id, _)| Isolation(*id)).collect();
+        for isolation in abandoned {
+            self.cancel(isolation);
+        }
+    }
+
     /// Allocates the pages of `[start, start + size)`, unmovable, lowest address first, moving what is in use (Linux:
     /// `alloc_contig_range`).
     ///

@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 
 use virtio_drivers::transport::DeviceStatus;
 use virtio_mem_driver::driver::{
-    DumpView, Event, Policy, Progress, Suspend, SuspendError, UnitState,
+    DumpView, Event, Policy, Progress, ResyncReason, Suspend, SuspendError, UnitState,
 };
 use virtio_mem_driver::hotplug::{Error, Mobility, OnlineType};
 use virtio_mem_wire::BlockRange;
@@ -191,4 +191,89 @@ fn notifier_only_hears_of_its_own_region() {
             .online_block(&mut rig.hotplug, 99, OnlineType::Movable),
         Err(Error::Invalid)
     );
+}
+
+/// Regression: a suspend that was refused while another one was pending left the driver frozen.
+#[test]
+fn driver_goes_on_after_a_suspend_that_is_refused() {
+    for kind in [Suspend::Ram, Suspend::Disk] {
+        let mut rig = Rig::new(GIB);
+        rig.device.state().hold = true;
+        rig.device.request(64 * MIB);
+        rig.run();
+        let pending = rig.driver.suspend(&mut rig.hotplug, Suspend::Ram);
+        assert_eq!(pending, Err(SuspendError::Pending));
+        rig.device.answer();
+        rig.device.state().hold = false;
+        assert_eq!(rig.run(), Progress::Suspended);
+        let refused = rig.driver.suspend(&mut rig.hotplug, kind);
+        let expected = match kind {
+            Suspend::Disk => SuspendError::NotPermitted,
+            _ => SuspendError::MemoryPlugged {
+                plugged_size: 64 * MIB,
+            },
+        };
+        assert_eq!(refused, Err(expected));
+        rig.resize(128 * MIB);
+    }
+}
+
+/// Regression: the device was used although it had been told to reset itself.
+#[test]
+fn device_that_does_not_complete_the_reset_of_a_suspend_is_reset_again() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(64 * MIB);
+    rig.device.state().reset_reads = 100_001;
+    let refused = rig.driver.suspend(&mut rig.hotplug, Suspend::Idle);
+    assert_eq!(refused, Err(SuspendError::ResetTimeout));
+    rig.device.state().reset_reads = 0;
+    rig.resize(128 * MIB);
+}
+
+/// Regression: nobody could use, or unplug, what the driver before had been emptying.
+#[test]
+fn range_a_dropped_driver_was_emptying_is_of_use_again() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(256 * MIB);
+    let pages = rig.allocate(30_000, Mobility::Movable);
+    rig.device.request(128 * MIB);
+    while rig.hotplug.isolations().count() == 0 {
+        rig.step();
+    }
+    rig.device.request(256 * MIB);
+    let mut rig = rig.probe_again(Policy::default()).unwrap();
+    assert_eq!(rig.run(), Progress::Settled);
+    assert_eq!(rig.hotplug.isolations().count(), 0);
+    rig.verify(&pages);
+    rig.resize(128 * MIB);
+}
+
+/// Regression: a target that came with a reset was not announced, and the scan after it twice.
+#[test]
+fn targets_and_scans_are_announced_once_however_they_come() {
+    let mut rig = Rig::new(GIB);
+    let (sink, events) = std::sync::mpsc::channel();
+    rig.driver
+        .set_event_sink(Box::new(move |event| sink.send(event).unwrap()));
+    let announced = |rig: &mut Rig| {
+        assert_eq!(rig.run(), Progress::Settled);
+        let mut told = Vec::new();
+        for event in events.try_iter() {
+            match event {
+                Event::Target { requested_size } => told.push(requested_size / MIB),
+                Event::Resync(ResyncReason::NeedsReset) => told.push(u64::MAX),
+                _ => {}
+            }
+        }
+        told
+    };
+    assert_eq!(announced(&mut rig), [0]);
+    rig.driver.suspend(&mut rig.hotplug, Suspend::Idle).unwrap();
+    rig.device.state().config.mutable.requested_size = 128 * MIB;
+    rig.driver.resume().unwrap();
+    assert_eq!(announced(&mut rig), [128]);
+    rig.device.state().config.mutable.requested_size = 256 * MIB;
+    rig.device.state().status |= DeviceStatus::DEVICE_NEEDS_RESET;
+    rig.device.state().change_config();
+    assert_eq!(announced(&mut rig), [u64::MAX, 256]);
 }

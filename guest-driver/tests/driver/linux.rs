@@ -254,3 +254,22 @@ fn everything_works_in_every_profile_and_mode() {
         }
     }
 }
+
+/// Regression: it waited 50 s because memory could not be added that nobody wanted any more.
+#[test]
+fn new_target_does_not_wait_for_what_went_wrong_before() {
+    let mut rig = Rig::linux(GIB);
+    rig.resize(128 * MIB);
+    rig.hotplug.inject(NO_METADATA);
+    rig.device.state().hold = true;
+    rig.device.request(256 * MIB);
+    rig.run();
+    rig.device.answer();
+    // What could not be added is unplugged.
+    assert_eq!(rig.run(), Progress::AwaitingDevice);
+    rig.device.request(0);
+    rig.device.answer();
+    rig.device.state().hold = false;
+    assert_eq!(rig.run(), Progress::Settled);
+    assert_eq!(rig.driver.plugged_size(), 0);
+}

@@ -1,7 +1,7 @@
 //! What the driver recovers from: lost answers, resets, sizes that do not match, an earlier life.
 
-use virtio_mem_driver::driver::{Failure, Policy, Progress, ResyncReason};
-use virtio_mem_driver::hotplug::{BlockState, Mobility};
+use virtio_mem_driver::driver::{Failure, Policy, Progress, ResyncReason, Stall};
+use virtio_mem_driver::hotplug::{BlockState, Migration, Mobility};
 use virtio_mem_wire::{Answer, BlockRange, RequestKind};
 
 use crate::support::device::{Device, Misbehave};
@@ -227,4 +227,64 @@ fn state_that_is_not_acknowledged_is_not_believed() {
             Progress::Failed(Failure::Answer { request, .. }) if request.kind() == RequestKind::State
         ));
     }
+}
+
+/// H-10. Regression: it was forgotten.
+#[test]
+fn memory_block_somebody_takes_offline_while_it_is_unplugged_is_removed_later() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(256 * MIB);
+    rig.device.state().hold = true;
+    rig.device.request(128 * MIB);
+    assert_eq!(rig.run(), Progress::AwaitingDevice);
+    let isolation = rig.hotplug.isolate_block(33).unwrap();
+    rig.device.answer();
+    rig.device.state().hold = false;
+    let stalled = rig.run();
+    assert!(
+        matches!(
+            stalled,
+            Progress::Stalled {
+                reason: Stall::NotRemoved,
+                ..
+            }
+        ),
+        "{stalled:?}"
+    );
+    while rig.hotplug.migrate(&isolation, 64).unwrap() == Migration::More {}
+    rig.hotplug.commit(isolation).unwrap();
+    assert_eq!(rig.run(), Progress::Settled);
+    assert_eq!(rig.hotplug.block_state(33), None);
+}
+
+/// G-06. Regression: memory the device had unplugged went to the page allocator.
+#[test]
+fn what_is_not_known_to_be_plugged_stays_out_of_use() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(512 * MIB);
+    let _pages = rig.allocate(600, Mobility::Movable);
+    rig.device.request(128 * MIB);
+    // Memory is taken, and no UNPLUG sent.
+    while rig.hotplug.counts().managed > 256 * MIB / 4096 {
+        rig.step();
+    }
+    {
+        let mut state = rig.device.state();
+        state.plugged.clear();
+        state.config.mutable.plugged_size = 0;
+        state.change_config();
+    }
+    let failed = rig.run();
+    assert!(
+        matches!(failed, Progress::Failed(Failure::MemoryLost { .. })),
+        "{failed:?}"
+    );
+    let managed = rig.hotplug.counts().managed;
+    let Rig {
+        driver,
+        mut hotplug,
+        ..
+    } = rig;
+    driver.remove(&mut hotplug);
+    assert_eq!(hotplug.counts().managed, managed);
 }

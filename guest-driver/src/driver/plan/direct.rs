@@ -14,15 +14,41 @@ pub(in super::super) enum Edge {
     High,
 }
 
-/// Runs by size, so that the best one is found without looking at all.
-struct Runs {
+/// Runs to choose from, by size, so that the best one is found without looking at all.
+#[derive(Debug)]
+pub(in super::super) struct Candidates {
     edge: Edge,
     /// Blocks, and the first or the last block, such that the smaller one is better.
     by_size: BTreeSet<(u64, u64)>,
 }
 
-impl Runs {
-    fn insert(&mut self, run: BlockRange) {
+impl Candidates {
+    pub(in super::super) fn new(map: &BlockMap, edge: Edge) -> Self {
+        let mut candidates = Self {
+            edge,
+            by_size: BTreeSet::new(),
+        };
+        map.runs().for_each(|run| candidates.insert(run));
+        candidates
+    }
+
+    /// Takes `want` blocks, or all there are, in the fewest pieces of at most `request_blocks`.
+    ///
+    /// As long as more is wanted than any run has, the largest goes entirely: no other choice covers more with as many
+    /// pieces. The last piece comes from the smallest run that has enough, so that large ones stay large.
+    pub(in super::super) fn choose(&mut self, want: u64, request_blocks: u64) -> Vec<BlockRange> {
+        let mut rest = want;
+        let mut pieces = Vec::new();
+        while rest > 0
+            && let Some(piece) = self.take(rest.min(request_blocks))
+        {
+            rest -= piece.count;
+            pieces.push(piece);
+        }
+        pieces
+    }
+
+    pub(in super::super) fn insert(&mut self, run: BlockRange) {
         if run.count > 0 {
             let key = match self.edge {
                 Edge::Low => run.first,
@@ -42,7 +68,7 @@ impl Runs {
     }
 
     /// The next piece of at most `want` blocks; what is left of its run is put back.
-    fn take(&mut self, want: u64) -> Option<BlockRange> {
+    pub(in super::super) fn take(&mut self, want: u64) -> Option<BlockRange> {
         let fitting = self.by_size.range((want, 0)..).next().copied();
         let best = fitting.or_else(|| {
             let (largest, _) = *self.by_size.last()?;
@@ -65,31 +91,14 @@ impl Runs {
     }
 }
 
-/// Chooses `want` blocks, or all there are, from the runs of `candidates`, in the fewest pieces of at most
-/// `request_blocks`.
-///
-/// As long as more is wanted than any run has, the largest goes entirely: no other choice covers more with as many
-/// pieces. The last piece comes from the smallest run that has enough, so that large ones stay large.
+/// The same for those who choose once.
 pub(in super::super) fn choose(
-    candidates: &BlockMap,
+    map: &BlockMap,
     want: u64,
     request_blocks: u64,
     edge: Edge,
 ) -> Vec<BlockRange> {
-    let mut runs = Runs {
-        edge,
-        by_size: BTreeSet::new(),
-    };
-    candidates.runs().for_each(|run| runs.insert(run));
-    let mut rest = want;
-    let mut pieces = Vec::new();
-    while rest > 0
-        && let Some(piece) = runs.take(rest.min(request_blocks))
-    {
-        rest -= piece.count;
-        pieces.push(piece);
-    }
-    pieces
+    Candidates::new(map, edge).choose(want, request_blocks)
 }
 
 #[cfg(test)]
