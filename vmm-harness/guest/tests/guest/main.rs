@@ -181,17 +181,18 @@ fn busy_device_is_asked_again_after_linuxs_delay() {
 fn driver_need_not_wait_for_workers_that_have_let_go() {
     let parameters = Parameters {
         policy: Policy::linux(),
-        worker_pages: 16_384,
+        worker_pages: 8192,
         ..PARAMETERS
     };
     let device = Device::new(4 * GIB, GIB, 2 * MIB);
     Host::run_with_clock(&device, parameters, 0, |host| {
-        host.resize(256 * MIB);
         let held = |worker: &WorkerCounters| worker.pages_held.load(Ordering::Relaxed);
         let workers = &host.mailbox().workers[..parameters.vcpu_count];
-        host.until(|| workers.iter().all(|worker| held(worker) > 16_000));
-        host.resize(2 * MIB);
-        host.resize(0);
+        for target in [2 * MIB, 0, 0] {
+            host.resize(128 * MIB);
+            host.until(|| workers.iter().all(|worker| held(worker) > 8000));
+            host.resize(target);
+        }
     });
 }
 
