@@ -1,5 +1,9 @@
 //! The demonstration with every policy, mode and block size, on KVM and in this process.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 #[expect(dead_code, reason = "the demonstration makes its own device")]
 mod common;
@@ -70,11 +74,13 @@ fn every_combination(guest: GuestKind) {
                 match strategy {
                     // One gap takes it all.
                     Strategy::Direct if target > before => {
-                        assert_eq!(requests(step), 1, "{options:?} {step:?}")
+                        assert_eq!(requests(step), 1, "{options:?} {step:?}");
                     }
                     Strategy::Direct => {}
                     // Each request stays inside a memory block, or a big block.
-                    Strategy::Linux => assert!(requests(step) >= units, "{options:?} {step:?}"),
+                    Strategy::Linux => {
+                        assert!(requests(step) >= units, "{options:?} {step:?}");
+                    }
                 }
                 before = target;
             }

@@ -119,9 +119,9 @@ impl Platform for &TestPlatform {
             if pending || rest == Some(0) {
                 break;
             }
-            let rest = rest.map_or(PATIENCE, |left| {
-                Duration::from_millis(left.div_ceil(self.clock_rate))
-            });
+            let ours = rest.and_then(|rest| rest.checked_div(self.clock_rate));
+            // A little more, for what the division has lost.
+            let rest = ours.map_or(PATIENCE, |rest| Duration::from_millis(rest + 1));
             count = self.sleepers.wake.wait_timeout(count, rest).unwrap().0;
         }
         *count -= 1;
@@ -152,7 +152,7 @@ impl<'a> Host<'a> {
         Self::run_with_clock(device, parameters, 1, test);
     }
 
-    /// As [`run`](Self::run), with a clock that goes `clock_rate` times as fast.
+    /// As [`run`](Self::run), with a clock that goes `clock_rate` times as fast, or not at all.
     pub(crate) fn run_with_clock(
         device: &'a Arc<Device>,
         parameters: Parameters,

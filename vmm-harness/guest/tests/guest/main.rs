@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use virtio_mem_driver::driver::{Policy, Strategy};
 use virtio_mem_driver::hotplug::Profile;
 use virtio_mem_wire::Answer;
-use vmem_guest::abi::{DriverState, MAX_VCPUS, command};
+use vmem_guest::abi::{DriverState, MAX_VCPUS, WorkerCounters, command};
 use vmem_guest::{BootError, Guest, Parameters};
 
 use host::{Host, PARAMETERS, TestPlatform};
@@ -173,6 +173,26 @@ fn busy_device_is_asked_again_after_linuxs_delay() {
         host.resize(256 * MIB);
         // One in each memory block.
         assert_eq!(host.mailbox().requests.load(Ordering::Relaxed), 3);
+    });
+}
+
+/// Linux's driver would look again after 50 s, and here the clock stands still.
+#[test]
+fn driver_need_not_wait_for_workers_that_have_let_go() {
+    let parameters = Parameters {
+        policy: Policy::linux(),
+        worker_pages: 8192,
+        ..PARAMETERS
+    };
+    let device = Device::new(4 * GIB, GIB, 2 * MIB);
+    Host::run_with_clock(&device, parameters, 0, |host| {
+        let held = |worker: &WorkerCounters| worker.pages_held.load(Ordering::Relaxed);
+        let workers = &host.mailbox().workers[..parameters.vcpu_count];
+        for target in [2 * MIB, 0, 0] {
+            host.resize(128 * MIB);
+            host.until(|| workers.iter().all(|worker| held(worker) > 8000));
+            host.resize(target);
+        }
     });
 }
 
