@@ -82,7 +82,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             }
             None if self.requests_in_flight() > 0 => return Ok(Progress::AwaitingDevice),
             None => {
-                let kept_out = !may_be_added && self.with_view(hotplug, |view| any_absent(view));
+                let kept_out = !may_be_added && self.with_view(hotplug, any_absent);
                 self.wait(match kept_out {
                     true => Stall::OfflineThreshold,
                     false => Stall::NoSpace,
