@@ -38,9 +38,10 @@ fn region(layout: &Layout) -> Range<u64> {
 fn added<M>(hotplug: &Hotplug<M>, layout: &Layout) -> (u64, Option<GroupId>) {
     let size = layout.memory_block_size;
     let ids = region(layout).start / size..region(layout).end.div_ceil(size);
-    let ours = ids
-        .filter(|id| hotplug.resources().owner(id * size) == Some(owner()))
-        .filter_map(|id| hotplug.block(id));
+    // Those that there are: how many there could be is the device's choice.
+    let ours = hotplug.blocks().filter(|block| {
+        ids.contains(&block.id) && hotplug.resources().owner(block.id * size) == Some(owner())
+    });
     ours.fold((0, None), |(bytes, group), block| {
         (bytes + size, group.or(block.group))
     })

@@ -71,7 +71,10 @@ fn g_03_node_means_nothing_as_its_feature_is_not_accepted() {
             assert_eq!(requests, plain);
         }
         // D-02 forbids that it changes; who does not look does not mind.
-        let mut rig = setup.with_plugged(UNIT);
+        let mut rig = setup.prepared(|device| {
+            device.state().offered |= Features::ACPI_PXM.bits();
+        });
+        rig.resize(UNIT);
         assert!(!rig.driver.features().contains(Features::ACPI_PXM));
         rig.device.state().config.node_id = 99;
         rig.device.request(2 * UNIT);
@@ -278,13 +281,21 @@ fn region_beyond_all_memory_is_refused_or_left_alone() {
         (Field::UsableRegionSize, 1 << 63),
     ];
     for setup in SETUPS {
-        for block_size in [1, 4096, 2 * MIB] {
+        // Maps of more than the address space.
+        for block_size in [1, 4096] {
             let device = Device::new(4 * GIB, GIB, 2 * MIB);
             let block_size = [(Field::BlockSize, block_size)];
             forge(&device, &[&everything[..], &block_size].concat());
             let error = try_probe(setup, &device).unwrap_err();
             assert!(matches!(error, ProbeError::NoMemory { .. }), "{error}");
         }
+        // Few blocks, but room for very many memory blocks.
+        let device = Device::new(4 * GIB, GIB, 2 * MIB);
+        let block_size = [(Field::BlockSize, 1 << 40)];
+        forge(&device, &[&everything[..], &block_size].concat());
+        let mut rig = Rig::on(device, setup.policy());
+        assert_eq!(run(&mut rig).last, Progress::Settled);
+
         let device = Device::new(4 * GIB, GIB, 2 * MIB);
         forge(&device, &[(Field::Addr, 1 << 62)]);
         device.state().config.mutable.requested_size = GIB;

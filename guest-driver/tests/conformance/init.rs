@@ -1,13 +1,15 @@
 //! Initialisation: G-04 and G-05, queue sizes, and devices that are others after a reset.
 
 use virtio_drivers::transport::DeviceStatus;
-use virtio_mem_driver::driver::{ConfigReadError, Failure, ProbeError, Progress, Stall, Strategy};
+use virtio_mem_driver::driver::{
+    ConfigReadError, Failure, ProbeError, Progress, Stall, Strategy, Suspend,
+};
 use virtio_mem_driver::hotplug::Mobility;
 use virtio_mem_wire::{Answer, BlockRange, Features, Field};
 
 use crate::setup::{SETUPS, UNIT, run, works};
 use crate::support::device::{Device, Event, Misbehave, State};
-use crate::support::{GIB, MIB, probe};
+use crate::support::{GIB, MIB, Rig, probe};
 
 /// V-02, V-03: whatever else is offered.
 #[test]
@@ -209,5 +211,31 @@ fn device_that_is_another_after_a_reset_is_given_up() {
                 Strategy::Direct => assert!(expected(failure), "{index}: {failure}"),
             }
         }
+    }
+}
+
+/// What has failed can still be suspended, resumed and removed; memory in use stays what it is.
+#[test]
+fn driver_that_has_given_up_can_be_put_away() {
+    for setup in SETUPS {
+        let mut rig = setup.with_plugged(UNIT);
+        let pages = rig.allocate(100, Mobility::Movable);
+        rig.device.state().forged = vec![(Field::RegionSize.offset(), 2 * GIB)];
+        rig.device.state().change_config();
+        assert_eq!(run(&mut rig).failure(&mut rig), Failure::RegionChanged);
+        let idle = rig.driver.suspend(&mut rig.hotplug, Suspend::Idle);
+        assert_eq!(idle, Ok(()));
+        assert_eq!(rig.driver.resume(), Err(Failure::RegionChanged));
+        rig.verify(&pages);
+        let Rig {
+            device,
+            driver,
+            mut hotplug,
+            ..
+        } = rig;
+        assert_eq!(driver.remove(&mut hotplug).added_size, UNIT);
+        hotplug.check_invariants().unwrap();
+        assert_eq!(device.state().status, DeviceStatus::empty());
+        assert_eq!(device.state().config.mutable.plugged_size, UNIT);
     }
 }

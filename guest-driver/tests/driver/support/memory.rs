@@ -52,7 +52,7 @@ impl Region {
         unsafe { self.start.add(offset) }
     }
 
-    /// Whether the first page of each block holds nothing but this byte.
+    /// Whether the first page of each block, of which none is smaller, holds nothing but this byte.
     pub(crate) fn is_scribbled(&self, range: BlockRange, block_size: u64, with: u8) -> bool {
         (range.first..range.end()).all(|block| {
             let page = self.pointer(self.addr + block * block_size);
@@ -62,12 +62,12 @@ impl Region {
         })
     }
 
-    /// Overwrites the first page of each block, as a device may when it plugs or unplugs (D-17).
+    /// Overwrites the first page of each block, or all of a smaller one, as a device may when it plugs or unplugs (D-17).
     pub(crate) fn scribble(&self, range: BlockRange, block_size: u64, with: u8) {
         for block in range.first..range.end() {
             let page = self.pointer(self.addr + block * block_size);
             // SAFETY: The page lies in the region, and the block belongs to the device now.
-            unsafe { page.write_bytes(with, 4096) };
+            unsafe { page.write_bytes(with, block_size.min(4096) as usize) };
         }
     }
 }
