@@ -267,10 +267,11 @@ fn print_report(
             inputs,
             ..
         }) => {
-            writeln!(
-                out,
-                "{file}: agrees: {steps} steps, {requests} requests, {comparisons} comparisons; taken: {inputs}"
-            )
+            write!(out, "{file}: agrees: {steps} steps, ")?;
+            if *requests > 0 {
+                write!(out, "{requests} requests, ")?;
+            }
+            writeln!(out, "{comparisons} comparisons; taken: {inputs}")
         }
         Err(error) => {
             out.flush()?;
