@@ -223,6 +223,15 @@ fn help_says_what_there_is() {
     }
 }
 
+#[test]
+fn help_of_replay_says_what_is_taken_from_a_recording() {
+    let (code, stdout, _) = vmem(&["replay", "--help"]);
+    assert_eq!(code, 0);
+    for word in ["busy places", "given up", "retries", "EBUSY", "Exit codes:"] {
+        assert!(stdout.contains(word), "{word} in {stdout}");
+    }
+}
+
 fn trace(name: &str) -> String {
     format!("{}/../tests/traces/{name}.json", env!("CARGO_MANIFEST_DIR"))
 }
@@ -241,6 +250,19 @@ fn replay_that_agrees_is_exit_code_0() {
     );
     let last = stdout.lines().last().unwrap_or_default();
     assert!(last.starts_with("2 of 2 files agree: 9 steps"), "{stdout}");
+
+    // With requests, and with what was taken from the recording for them.
+    let requests = trace("s5-6.12-auto-movable-256m");
+    let (code, stdout, stderr) = vmem(&["replay", &requests]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(
+        stdout.contains("agrees: 7 steps, 23 requests, ") && stdout.contains(", 1 given up"),
+        "{stdout}"
+    );
+    let (_, stdout, _) = vmem(&["replay", "--json", &requests]);
+    let report: Value = serde_json::from_str(&stdout).expect("JSON");
+    assert_eq!(report[0]["summary"]["requests"], 23);
+    assert_eq!(report[0]["summary"]["inputs"]["given_up"], 1);
 }
 
 #[test]
