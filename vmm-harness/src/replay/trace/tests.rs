@@ -255,7 +255,12 @@ fn memory_device_and_its_requests_are_checked() {
         (
             "/steps/1/requests/1/t",
             json!(-1.0),
-            "there is no such time",
+            "no recording takes so long",
+        ),
+        (
+            "/steps/1/requests/1/t",
+            json!(1e18),
+            "no recording takes so long",
         ),
         ("/steps/1/requests/1/addr", json!(-1), "step 1: request "),
     ] {
