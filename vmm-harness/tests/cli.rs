@@ -291,6 +291,15 @@ fn help_says_what_there_is() {
     }
 }
 
+#[test]
+fn help_of_replay_says_what_is_taken_from_a_recording() {
+    let (code, stdout, _) = vmem(&["replay", "--help"]);
+    assert_eq!(code, 0);
+    for word in ["busy places", "given up", "retries", "EBUSY", "Exit codes:"] {
+        assert!(stdout.contains(word), "{word} in {stdout}");
+    }
+}
+
 fn trace(name: &str) -> String {
     format!("{}/../tests/traces/{name}.json", env!("CARGO_MANIFEST_DIR"))
 }
@@ -309,6 +318,19 @@ fn replay_that_agrees_is_exit_code_0() {
     );
     let last = stdout.lines().last().unwrap_or_default();
     assert!(last.starts_with("2 of 2 files agree: 9 steps"), "{stdout}");
+
+    // With requests, and with what was taken from the recording for them.
+    let requests = trace("s5-6.12-auto-movable-256m");
+    let (code, stdout, stderr) = vmem(&["replay", &requests]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(
+        stdout.contains("agrees: 7 steps, 23 requests, ") && stdout.contains(", 1 given up"),
+        "{stdout}"
+    );
+    let (_, stdout, _) = vmem(&["replay", "--json", &requests]);
+    let report: Value = serde_json::from_str(&stdout).expect("JSON");
+    assert_eq!(report[0]["summary"]["requests"], 23);
+    assert_eq!(report[0]["summary"]["inputs"]["given_up"], 1);
 }
 
 #[test]
@@ -344,8 +366,8 @@ fn replay_reports_difference_and_damage_with_exit_code_1() {
     );
     let cut = write("cut.json", &text[..text.len() / 2]);
     let missing = folder.join("missing.json").to_string_lossy().into_owned();
-    let virtio_mem = text.replacen("\"seed\"", "\"device\": {}, \"seed\"", 1);
-    let virtio_mem = write("virtio-mem.json", &virtio_mem);
+    let device = text.replacen("\"seed\"", "\"device\": {}, \"seed\"", 1);
+    let device = write("device.json", &device);
 
     let (code, stdout, _) = vmem(&["replay", &changed, &file]);
     assert_eq!(code, 1, "{stdout}");
@@ -363,10 +385,7 @@ fn replay_reports_difference_and_damage_with_exit_code_1() {
         (&cut, " at line "),
         (&missing, "cannot be read: "),
         (&"/dev/zero".to_owned(), "is longer than a trace can be"),
-        (
-            &virtio_mem,
-            "virtio-mem device, and such traces are not replayed yet",
-        ),
+        (&device, "missing field `addr`"),
     ] {
         let (code, stdout, stderr) = vmem(&["replay", file]);
         assert_eq!(code, 1, "{stdout}{stderr}");

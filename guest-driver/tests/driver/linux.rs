@@ -154,6 +154,27 @@ fn big_blocks_are_emptied_removed_and_unplugged() {
 }
 
 #[test]
+fn memory_about_to_be_taken_out_of_use_is_named() {
+    let mut rig = Rig::on(Device::new(4 * GIB, 4 * GIB, 2 * MIB), LINUX);
+    rig.requests_for(256 * MIB);
+    assert_eq!(rig.driver.emptying(), None);
+    rig.device.request(126 * MIB);
+    let mut named = Vec::new();
+    for _ in 0..1000 {
+        rig.step();
+        named.extend(rig.driver.emptying());
+    }
+    named.dedup();
+    // A memory block at once, then the granule that is left.
+    let end = 4 * GIB + 256 * MIB;
+    assert_eq!(
+        named,
+        [end - 128 * MIB..end, end - 130 * MIB..end - 128 * MIB]
+    );
+    assert_eq!(rig.driver.emptying(), None);
+}
+
+#[test]
 fn refused_big_block_is_unplugged_later_without_being_added_again() {
     let device = Device::new(4 * GIB, 4 * GIB, 256 * MIB);
     let mut rig = Rig::on(device, LINUX);

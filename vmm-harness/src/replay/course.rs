@@ -24,19 +24,19 @@ const CLOCK_ERROR_MS: u64 = 1000;
 pub(super) struct Course<'a> {
     recorded: &'a [Recorded],
     /// The recorder did not wait until the driver had done all it could.
-    pub(super) cut_short: bool,
+    cut_short: bool,
     /// How many requests were compared: the number of the next one.
     pub(super) next: usize,
     /// What the driver is about to take out of use, and how the recording says that ends, if not well.
     attempt: Option<(Range<u64>, Option<Error>)>,
     /// What could not be emptied, for as long as nothing changes: start and end, and why.
-    pub(super) refused: BTreeMap<(u64, u64), Error>,
+    refused: BTreeMap<(u64, u64), Error>,
     /// Of these, the first since the last request.
     passed: Option<Range<u64>>,
     pub(super) inputs: Inputs,
     pub(super) checks: Vec<Check>,
     /// Recording and driver have parted.
-    pub(super) parted: bool,
+    parted: bool,
 }
 
 impl<'a> Course<'a> {
@@ -59,10 +59,21 @@ impl<'a> Course<'a> {
         self.recorded.get(self.next)
     }
 
+    /// Whether there is nothing more to be compared, whatever the driver does: after a difference, and where the
+    /// recording was cut short.
+    pub(super) fn is_over(&self) -> bool {
+        self.parted || (self.cut_short && self.expected().is_none())
+    }
+
     /// Whether the next recorded request was sent when the retry timer had run out.
     pub(super) fn waits_until(&self, retry_at_ms: Option<u64>) -> bool {
         let next = self.expected().zip(retry_at_ms);
         next.is_some_and(|(next, at)| at <= next.at_ms.saturating_add(CLOCK_ERROR_MS))
+    }
+
+    /// Something has changed: what was in use may be free now.
+    pub(super) fn forget_refusals(&mut self) {
+        self.refused.clear();
     }
 
     /// Tells the hotplug core how the driver's next attempt to take memory out of use ends, and notes what came of

@@ -113,7 +113,7 @@ impl MemDevice {
         hotplug: &mut Hotplug<NoContents>,
         course: &mut Course<'_>,
     ) -> Result<(), String> {
-        course.refused.clear();
+        course.forget_refusals();
         let mut waited_for = None;
         while let Some(Resting {
             reason,
@@ -137,7 +137,7 @@ impl MemDevice {
         let then = course.expected().map(|next| next.at_ms);
         self.now_ms = self.now_ms.max(then.max(retry_at_ms).unwrap_or(0));
         course.inputs.retries += 1;
-        course.refused.clear();
+        course.forget_refusals();
     }
 
     /// Lets the driver work until it rests. `None` at a difference, or where the recording was cut short.
@@ -153,7 +153,7 @@ impl MemDevice {
                 retry_at_ms: None,
             }));
         };
-        while !course.parted && !(course.cut_short && course.expected().is_none()) {
+        while !course.is_over() {
             driver.on_interrupt();
             let progress = driver.poll(hotplug, self.now_ms);
             course.watch(hotplug, &self.device, driver.emptying());
@@ -194,7 +194,9 @@ impl Guest {
         if let Some(name) = file.strip_prefix(PARAMETERS) {
             // The only one that can be written at run time.
             let value = parse_bool(text.trim()).filter(|_| name == "unplug_online");
-            value.map(|value| device.set_unplug_online(value));
+            if let Some(value) = value {
+                device.set_unplug_online(value);
+            }
             return Some(value.is_some());
         }
         match file.strip_prefix(DRIVER)? {

@@ -4,8 +4,12 @@
 //! [`Hotplug`](virtio_mem_driver::hotplug::Hotplug), and everything that was seen must be what the model says: results,
 //! states, zones, spans, counters, uevents, nodes, resources. The first difference ends the replay.
 //!
-//! Taken from the trace, because it depends on where the kernel keeps its own pages: which attempts to empty a memory
-//! block failed or went on for ever ([`Inputs`]), and how many pages at boot are in use for ever.
+//! Where a virtio-mem device was recorded, the device of this project takes its place and
+//! [`MemDriver`](virtio_mem_driver::driver::MemDriver) works on it under Linux's policy; its requests must be those that
+//! were recorded.
+//!
+//! Taken from the trace, because it depends on where the kernel keeps its own pages: which attempts to empty memory
+//! failed or went on for ever ([`Inputs`]), and how many pages at boot are in use for ever.
 //!
 //! | to find | look at |
 //! |---|---|
@@ -13,6 +17,7 @@
 //! | the state at boot | `boot.rs` |
 //! | what is done to the model, and what it is told | `guest.rs`, `inputs.rs` |
 //! | how ACPI adds and ejects a DIMM | `acpi.rs`, `eject.rs` |
+//! | the virtio-mem device; its driver, request by request | `rig.rs`, `requests.rs`; `mem_device.rs`, `course.rs` |
 //! | the recorded shell scripts | `script.rs`, `shell.rs`, `console.rs` |
 //! | what is compared | `compare.rs` |
 //! | the map of blocks and zones | `show.rs` |
@@ -55,7 +60,7 @@ use trace::Parameter;
 /// A recording may claim so many busy places, and one more for each so many of its requests. Real kernels have one or
 /// two in a memory block that has been theirs, and most of their requests come from others.
 const MOST_BUSY_PLACES: u64 = 4;
-const REQUESTS_PER_BUSY_PLACE: u64 = 4;
+const REQUESTS_PER_BUSY_PLACE: u64 = 8;
 
 /// Why a file cannot be replayed.
 #[derive(Debug, Error)]

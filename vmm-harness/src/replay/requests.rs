@@ -1,10 +1,14 @@
 //! Recorded requests of the virtio-mem driver, and the device they were sent to.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::Value;
 use virtio_mem_wire::{Answer, Request, RequestKind, Span};
+
+/// Longest recording: the driver's clock must not reach its end.
+const LONGEST: Duration = Duration::from_secs(1 << 32);
 
 /// The device of a recording.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -86,14 +90,16 @@ impl Recorded {
         let answer = Answer::ALL
             .into_iter()
             .find(|answer| answer.name() == response);
-        // A float beyond the range of the integer becomes the nearest one.
-        let at_ms = (raw.t * 1000.0) as u64;
+        let at = Duration::try_from_secs_f64(raw.t)
+            .ok()
+            .filter(|at| *at <= LONGEST);
+        let at = at.ok_or_else(|| wrong("no recording takes so long"))?;
         Ok(Some(Self {
             exchange: Exchange {
                 request,
                 answer: answer.ok_or_else(|| wrong("there is no such response"))?,
             },
-            at_ms,
+            at_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
         }))
     }
 }

@@ -1,8 +1,8 @@
 //! The little shell the recorded scripts need.
 //!
-//! `echo TEXT > FILE`, `echo TEXT`, `v=TEXT`, `for v in A B; do …; done`, `$v`, `$?`, `;`, `&&` and `||`. Every other
-//! command is taken for one that succeeds and does nothing: `insmod`, `ls`, `grep` and their like change no memory.
-//! A script that may change memory in another way is refused.
+//! `echo TEXT > FILE`, `cat FILE > FILE`, `echo TEXT`, `v=TEXT`, `for v in A B; do …; done`, `$v`, `$?`, `;`, `&&` and
+//! `||`. Every other command is taken for one that succeeds and does nothing: `insmod`, `ls`, `grep` and their like
+//! change no memory. A script that may change memory in another way is refused.
 
 use std::collections::BTreeMap;
 

@@ -198,13 +198,79 @@ fn what_no_machine_can_have_is_refused_by_name() {
 }
 
 #[test]
-fn traces_of_virtio_mem_are_told_apart() {
-    let error = error_with("/scenario", json!("S5-rand01"));
-    assert!(error.contains("not replayed yet"), "{error}");
-    let mut with_device = trace();
-    with_device["device"] = json!({ "addr": 1 });
-    let error = Trace::parse(with_device.to_string().as_bytes()).unwrap_err();
-    assert!(matches!(error, TraceError::VirtioMem(_)), "{error}");
+fn memory_device_and_its_requests_are_checked() {
+    let device = json!({ "addr": 4_294_967_296u64, "region_size": 4_294_967_296u64, "block_size": 2_097_152 });
+    let request = json!({ "type": "plug", "t": 1.5, "addr": 4_294_967_296u64, "nb_blocks": 64, "response": "ACK" });
+    let mut good = trace();
+    good["device"] = device;
+    good["boot"]["machine_args"] = json!(["-device", "virtio-mem-pci,id=vmem0,requested-size=64M"]);
+    let event = json!({ "type": "resized_usable_region", "t": 0.0, "args": "" });
+    for step in 0..2 {
+        good["steps"][step]["plugged_size"] = json!(0);
+        good["steps"][step]["requests"] = json!([event, request]);
+    }
+    let parsed = Trace::parse(good.to_string().as_bytes()).unwrap();
+    assert_eq!(parsed.device.unwrap().requested_size, 64 << 20);
+    assert_eq!(parsed.steps[0].requests.len(), 1);
+    assert_eq!(parsed.steps[0].requests[0].at_ms, 1500);
+    for (pointer, value, expected) in [
+        (
+            "/device",
+            json!(null),
+            "steps[0]: there are requests but no device",
+        ),
+        ("/device/block_size", json!(3), "device: "),
+        ("/device/addr", json!(u64::MAX), "device: "),
+        ("/device/addr", json!(1u64 << 46), "device: beyond"),
+        (
+            "/device/region_size",
+            json!(1u64 << 40),
+            "device: larger than what can be replayed",
+        ),
+        (
+            "/device/block_size",
+            json!(4096),
+            "device: larger than what can be replayed",
+        ),
+        (
+            "/steps/1/plugged_size",
+            json!(null),
+            "steps[1]: there is no plugged_size",
+        ),
+        (
+            "/steps/1/requests/1/type",
+            json!("grow"),
+            "there is no such request",
+        ),
+        (
+            "/steps/1/requests/1/response",
+            json!("MAYBE"),
+            "there is no such response",
+        ),
+        (
+            "/steps/1/requests/1/nb_blocks",
+            json!(65_536),
+            "no request has so many blocks",
+        ),
+        (
+            "/steps/1/requests/1/t",
+            json!(-1.0),
+            "no recording takes so long",
+        ),
+        (
+            "/steps/1/requests/1/t",
+            json!(1e18),
+            "no recording takes so long",
+        ),
+        ("/steps/1/requests/1/addr", json!(-1), "step 1: request "),
+    ] {
+        let mut changed = good.clone();
+        *changed.pointer_mut(pointer).expect("there is such a value") = value;
+        let error = Trace::parse(changed.to_string().as_bytes())
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(expected), "{pointer}: {error}");
+    }
 }
 
 #[test]
