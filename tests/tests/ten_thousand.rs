@@ -106,8 +106,11 @@ struct Rest {
     veto: Arc<AtomicBool>,
     /// How often that was used.
     vetoes: Arc<AtomicBool>,
-    /// Requests that were damaged since the driver last settled.
+    /// What a driver recovers from a few times, since it last settled.
     damaged: u64,
+    reset: u64,
+    /// Everything is to come to its end.
+    ending: bool,
     coverage: Coverage,
     history: History,
 }
@@ -233,6 +236,8 @@ impl World {
                 veto: Arc::default(),
                 vetoes: Arc::default(),
                 damaged: 0,
+                reset: 0,
+                ending: false,
                 coverage: Coverage::new(),
                 history: History {
                     case,
@@ -290,6 +295,7 @@ impl World {
         match progress {
             Progress::Settled => {
                 rest.damaged = 0;
+                rest.reset = 0;
                 rest.count("settled");
             }
             Progress::Stalled { reason, .. } => {
@@ -324,7 +330,8 @@ impl World {
                 restless: 0,
                 ..rig.bus.hits()
             };
-            let now = (rig.driver().plugged_size(), hits, rig.host.hits());
+            let plugged_size = rig.driver().plugged_size();
+            let now = (reason, plugged_size, hits, rig.host.hits());
             in_vain = match before.replace(now) == Some(now) {
                 true => in_vain + 1,
                 false => 0,
@@ -339,7 +346,7 @@ impl World {
     /// Everything goes, and nothing is left.
     fn end(mut self) -> Coverage {
         let Self { rig, rest } = &mut self;
-        rest.trouble = Trouble::Nothing;
+        rest.ending = true;
         rest.load.clear(&mut rig.hotplug, &rig.shadow);
         rig.driver_and_memory().0.set_unplug_online(true);
         rig.case.policy.unplug_online = true;
@@ -514,12 +521,13 @@ impl Rest {
             *self.coverage.entry(name.to_owned()).or_default() += hits;
         }
         self.damaged += damaged;
+        self.reset += lost + needed_reset;
         self.trouble = Trouble::Nothing;
     }
 
     /// Before each step of the driver.
     fn meanwhile(&mut self, rig: &mut Rig) {
-        if !self.random.one_in(30) {
+        if self.ending || !self.random.one_in(30) {
             return;
         }
         match self.trouble {
@@ -601,7 +609,7 @@ impl Rest {
         }
         let kind = self.random.pick(&[Suspend::Idle, Suspend::Ram]);
         let persistent = rig.case.persistent_suspend;
-        let plugged_size = rig.driver().plugged_size();
+        let plugged_size = rig.handle.status().plugged_size;
         let now_ms = rig.now_ms;
         let (driver, hotplug) = rig.driver_and_memory();
         match driver.suspend(hotplug, kind) {
@@ -636,7 +644,12 @@ impl Rest {
             Stall::OfflineThreshold => rig.case.policy.auto_online.is_none() && offline(),
             Stall::ConfigUnstable => rig.bus.is_armed() && hits.restless > 0,
         };
-        assert!(true_reason, "{reason}: that is not so");
+        let blocks: Vec<_> = rig.hotplug.blocks().collect();
+        assert!(
+            true_reason,
+            "{reason}: that is not so\n{:?}\n{blocks:?}",
+            rig.driver()
+        );
     }
 
     /// Whether there can be memory that cannot be emptied.
@@ -661,11 +674,12 @@ impl Rest {
     fn explain_failure(&self, rig: &Rig, failure: Failure) {
         let hits = rig.bus.hits();
         let damaged = self.damaged + hits.damaged;
+        let reset = self.reset + hits.lost + hits.needed_reset;
         let core = matches!(self.trouble, Trouble::Core(..));
         let linux = rig.strategy() == Strategy::Linux;
         let true_reason = match failure {
-            Failure::Answer { .. } => damaged >= if linux { 1 } else { 2 },
-            // Direct recovers from those.
+            // Direct starts anew once, and after resets more often.
+            Failure::Answer { .. } => damaged > 0 && (linux || damaged + reset > 1),
             Failure::NeedsReset => linux && self.history.last.iter().any(|e| e.contains("Break")),
             Failure::AnswerTimeout => linux && hits.lost > 0,
             Failure::Hotplug { .. } => linux && core,

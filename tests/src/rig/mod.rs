@@ -119,6 +119,8 @@ pub struct Rig {
     /// The clock.
     pub now_ms: u64,
     driver: Option<Driver>,
+    /// The driver has found blocks plugged that it will not use (G-05).
+    leftovers: bool,
     /// The guest before there was a driver.
     fresh: Snapshot,
     boot: Arc<BootMemory>,
@@ -166,6 +168,7 @@ impl Rig {
             hotplug,
             now_ms: 0,
             driver: None,
+            leftovers: false,
             boot,
             arena,
             checked_at: None,
@@ -211,6 +214,8 @@ impl Rig {
     ///
     /// Those of [`MemDriver::probe`].
     pub fn probe(&mut self) -> Result<(), ProbeError> {
+        let plugged = self.handle.status().plugged_size > 0;
+        self.leftovers = plugged && self.strategy() == Strategy::Linux;
         let transport = LoopbackTransport::new(Rc::clone(&self.bus));
         let driver = Driver::probe(transport, &mut self.hotplug, self.case.policy)?;
         self.driver = Some(driver);
