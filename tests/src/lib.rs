@@ -1,5 +1,7 @@
 //! What the integration tests share: machines with a memory device, and what must always hold of them.
 
+pub mod random;
+pub mod rig;
 pub mod traces;
 
 use std::io::Write;

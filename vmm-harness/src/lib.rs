@@ -12,7 +12,7 @@
 //! | how the address of a forbidden access is found | `vcpu.rs`, [`slots`] |
 //! | the virtio-mmio registers | [`transport`] |
 //! | what host and guest program share | `mailbox.rs`, `port.rs`, [`vmem_guest::abi`] |
-//! | the guest without KVM | `in_process/` |
+//! | the guest without KVM, and what checks its accesses | [`in_process`] |
 //! | what `vmem demo` does and checks | [`demo`] |
 //! | what `vmem replay` does and compares | [`replay`] |
 //!
@@ -43,7 +43,7 @@ mod bus;
 pub mod demo;
 mod events;
 mod gate;
-mod in_process;
+pub mod in_process;
 mod kick;
 pub mod layout;
 mod lifecycle;

@@ -15,6 +15,20 @@ use crate::support::dma::FakeHal;
 use crate::support::{GIB, LINUX, MIB, Rig};
 
 #[test]
+fn g_16_what_an_earlier_driver_has_left_plugged_is_a_reason_to_stay_awake() {
+    for policy in [LINUX, Policy::default()] {
+        let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
+        rig.resize(64 * MIB);
+        let Rig { device, driver, .. } = rig;
+        drop(driver);
+        let mut rig = Rig::on(device, policy);
+        let ram = rig.driver.suspend(&mut rig.hotplug, Suspend::Ram);
+        let plugged_size = 64 * MIB;
+        assert_eq!(ram, Err(SuspendError::MemoryPlugged { plugged_size }));
+    }
+}
+
+#[test]
 fn suspend_waits_for_what_is_in_flight_and_nothing_new_is_sent() {
     let mut rig = Rig::new(GIB);
     rig.device.state().hold = true;

@@ -24,9 +24,9 @@ thread_local! {
     static ARENA: RefCell<Option<Arc<Arena>>> = const { RefCell::new(None) };
 }
 
-/// The guest's heap, handed out in pages.
+/// Boot memory for DMA, handed out in pages.
 #[derive(Debug)]
-pub(crate) struct Arena {
+pub struct Arena {
     start: u64,
     len: u64,
     host_address: NonNull<u8>,
@@ -42,14 +42,17 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    /// Hands out `heap` of `memory`, whole pages of it.
-    pub(crate) fn new(
-        memory: &Arc<BootMemory>,
-        heap: Range<u64>,
-    ) -> Result<Self, GuestMemoryError> {
-        let start = heap.start;
-        let len = heap.end - start;
-        let host_address = memory.get_host_address(GuestAddress(start))?;
+    /// The pages of `range`, which nothing else uses.
+    ///
+    /// # Errors
+    ///
+    /// It does not lie in one piece of boot memory.
+    pub fn new(memory: &Arc<BootMemory>, range: Range<u64>) -> Result<Self, GuestMemoryError> {
+        let start = range.start;
+        let len = range.end.saturating_sub(start);
+        let count = usize::try_from(len).unwrap_or(usize::MAX);
+        let pages = memory.get_slice(GuestAddress(start), count)?;
+        let host_address = pages.ptr_guard_mut().as_ptr();
         Ok(Self {
             start,
             len,
@@ -61,8 +64,15 @@ impl Arena {
     }
 
     /// Makes this the arena of the current thread.
-    pub(crate) fn enter(self: &Arc<Self>) {
+    pub fn enter(self: &Arc<Self>) {
         ARENA.set(Some(Arc::clone(self)));
+    }
+
+    /// Pages that are handed out now.
+    #[must_use]
+    pub fn pages_taken(&self) -> u64 {
+        let taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        taken.count()
     }
 
     /// Zeroed pages in a row; their guest-physical address and where they are.
@@ -133,7 +143,7 @@ fn with_arena<R>(f: impl FnOnce(&Arena) -> Option<R>) -> Option<R> {
 
 /// DMA memory from the arena of the current thread.
 #[derive(Debug)]
-pub(crate) struct ArenaHal;
+pub struct ArenaHal;
 
 // SAFETY: `dma_alloc` hands out pages of a mapping that the thread's arena keeps, aligned to pages because
 // the arena is, zeroed, and never twice at a time; on failure it returns address 0, which virtio-drivers takes
@@ -192,16 +202,11 @@ unsafe impl Hal for ArenaHal {
 
 #[cfg(test)]
 mod tests {
-    use virtio_mem_wire::Geometry;
-
     use super::*;
-    use crate::layout::{IMAGE_START, Layout, REGION_START};
 
     fn arena() -> Arc<Arena> {
-        let geometry = Geometry::new(REGION_START, 0, 4096).unwrap();
-        let layout = Layout::new(64 << 20, IMAGE_START, &geometry, 1).unwrap();
         let memory = BootMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap();
-        Arc::new(Arena::new(&Arc::new(memory), layout.heap).unwrap())
+        Arc::new(Arena::new(&Arc::new(memory), 4 << 20..64 << 20).unwrap())
     }
 
     #[test]

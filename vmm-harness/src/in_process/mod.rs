@@ -5,6 +5,7 @@
 
 mod arena;
 mod platform;
+mod shadow;
 mod transport;
 
 use std::io;
@@ -19,9 +20,12 @@ use vm_memory::GuestMemoryError;
 use vmem_guest::abi::{BootInfo, command};
 use vmem_guest::{Guest, Parameters};
 
-pub(crate) use self::arena::{Arena, ArenaHal};
+pub use self::arena::{Arena, ArenaHal};
+pub use self::platform::HostMemory;
+pub use self::shadow::{Access, Shadow, Violation};
+pub use self::transport::{LoopbackTransport, Registers};
+
 use self::platform::HostPlatform;
-pub(crate) use self::transport::LoopbackTransport;
 use crate::BootMemory;
 use crate::bus::Bus;
 use crate::layout::Layout;
@@ -129,19 +133,24 @@ impl Parts {
 
     /// `None`, and an outcome, if the guest cannot use the device.
     fn boot(self: &Arc<Self>) -> Option<Guest<HostPlatform>> {
+        let booted = self.try_boot();
+        let fail = |message| self.fail(Outcome::Panicked { vcpu: 0, message });
+        booted.map_err(fail).ok()
+    }
+
+    fn try_boot(self: &Arc<Self>) -> Result<Guest<HostPlatform>, String> {
+        let device = self.bus.transport.device();
+        let shadow = Arc::new(Shadow::new(device.geometry(), true));
+        let observed = device.handle().add_observer(Arc::clone(&shadow));
+        observed.map_err(|error| error.to_string())?;
         let platform = HostPlatform {
             parts: Arc::clone(self),
             started: Instant::now(),
+            shadow,
         };
         let transport = LoopbackTransport::new(Arc::clone(&self.bus.transport));
-        match Guest::boot(platform, transport, Parameters::from(&self.info)) {
-            Ok(guest) => Some(guest),
-            Err(error) => {
-                let message = error.to_string();
-                self.fail(Outcome::Panicked { vcpu: 0, message });
-                None
-            }
-        }
+        let guest = Guest::boot(platform, transport, Parameters::from(&self.info));
+        guest.map_err(|error| error.to_string())
     }
 
     fn run_vcpu(self: &Arc<Self>, index: usize, guest: &Booted) {

@@ -14,11 +14,12 @@ use virtio_mem::{Backing, VirtioMem};
 use virtio_mem_driver::hotplug::PhysicalMemory;
 use virtio_mem_wire::Geometry;
 use vm_memory::{Bytes, GuestMemoryRegion, MemoryRegionAddress};
-use vmem_guest::Platform;
 use vmem_guest::abi::Mailbox;
+use vmem_guest::{Parameters, Platform};
 
 use super::Parts;
 use super::arena::ArenaHal;
+use super::shadow::{Access, Shadow};
 use super::transport::LoopbackTransport;
 use crate::outcome::{Outcome, UnpluggedAccess};
 
@@ -32,6 +33,7 @@ thread_local! {
 pub(super) struct HostPlatform {
     pub(super) parts: Arc<Parts>,
     pub(super) started: Instant,
+    pub(super) shadow: Arc<Shadow>,
 }
 
 impl HostPlatform {
@@ -51,10 +53,8 @@ impl Platform for HostPlatform {
     type Memory = HostMemory;
 
     fn memory(&self) -> HostMemory {
-        HostMemory {
-            geometry: self.device().geometry(),
-            backing: self.device().backing(),
-        }
+        let page_size = Parameters::from(&self.parts.info).profile.page_size();
+        HostMemory::new(self.device(), Arc::clone(&self.shadow), page_size)
     }
 
     fn mailbox(&self) -> &Mailbox {
@@ -96,11 +96,26 @@ impl Platform for HostPlatform {
     }
 }
 
-/// Hotplugged memory where the device's backing has it.
-#[derive(Debug)]
-pub(super) struct HostMemory {
+/// Hotplugged memory where the device's backing has it. An access to what is not plugged panics (G-06, G-10).
+#[derive(Clone, Debug)]
+pub struct HostMemory {
     geometry: Geometry,
     backing: Arc<dyn Backing>,
+    shadow: Arc<Shadow>,
+    page_size: u64,
+}
+
+impl HostMemory {
+    /// The memory of `device`, in pages of `page_size` bytes, as far as `shadow` allows, which is an observer of it.
+    #[must_use]
+    pub fn new(device: &VirtioMem, shadow: Arc<Shadow>, page_size: u64) -> Self {
+        Self {
+            geometry: device.geometry(),
+            backing: device.backing(),
+            shadow,
+            page_size,
+        }
+    }
 }
 
 // SAFETY: pages that are online lie in plugged blocks, which the backing keeps open, at one place for as long
@@ -109,6 +124,10 @@ unsafe impl PhysicalMemory for HostMemory {
     fn page(&self, address: u64) -> NonNull<u8> {
         let block = self.geometry.block_at(address);
         block.expect("pages that are online are pages of the region");
+        let touched =
+            self.shadow
+                .check("the page allocator", Access::Write, address, self.page_size);
+        touched.expect("only plugged memory is touched");
         let offset = usize::try_from(address - self.geometry.addr());
         let offset = offset.expect("the region is mapped, so offsets into it fit");
         // SAFETY: inside the region, so inside the backing's mapping.

@@ -1,5 +1,6 @@
 //! A driver's transport that calls the device's registers instead of trapping into them.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_mmio::{
@@ -17,16 +18,45 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::transport::MmioTransport;
 
-/// The driver's end of a [`MmioTransport`] in the same process: the same registers in the same order as a
-/// driver on a bus.
-#[derive(Debug)]
-pub(crate) struct LoopbackTransport {
-    registers: Arc<MmioTransport>,
+/// The registers a driver in this process works with.
+pub trait Registers {
+    /// Reads `data.len()` bytes at `offset`.
+    fn read(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes `data` at `offset`.
+    fn write(&self, offset: u64, data: &[u8]);
 }
 
-impl LoopbackTransport {
+impl Registers for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        Self::read(self, offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        Self::write(self, offset, data);
+    }
+}
+
+impl<P: Deref<Target: Registers>> Registers for P {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        (**self).read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        (**self).write(offset, data);
+    }
+}
+
+/// The driver's end of a [`MmioTransport`] in the same process: the same registers in the same order as a
+/// driver on a bus. Tests put themselves in between with [`Registers`] of their own.
+#[derive(Debug)]
+pub struct LoopbackTransport<R: Registers = Arc<MmioTransport>> {
+    registers: R,
+}
+
+impl<R: Registers> LoopbackTransport<R> {
     /// Drives the device behind `registers`.
-    pub(crate) fn new(registers: Arc<MmioTransport>) -> Self {
+    pub fn new(registers: R) -> Self {
         Self { registers }
     }
 
@@ -51,7 +81,7 @@ fn low_half(value: u64) -> u32 {
     u32::from_le_bytes([a, b, c, d])
 }
 
-impl Transport for LoopbackTransport {
+impl<R: Registers> Transport for LoopbackTransport<R> {
     fn device_type(&self) -> DeviceType {
         DeviceType::Memory
     }
@@ -161,7 +191,7 @@ impl Transport for LoopbackTransport {
     }
 }
 
-impl Drop for LoopbackTransport {
+impl<R: Registers> Drop for LoopbackTransport<R> {
     fn drop(&mut self) {
         // As the transport on a bus: the device lets go of the driver's memory.
         self.write(VIRTIO_MMIO_STATUS, 0);

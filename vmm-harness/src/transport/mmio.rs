@@ -29,8 +29,8 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use virtio_mem::wire::{GUEST_REQUEST_QUEUE, VIRTIO_ID_MEM};
-use virtio_mem::{Interrupt, VirtioMem};
-use virtio_queue::{Queue, QueueT};
+use virtio_mem::{Interrupt, QueueHandler, Served, VirtioMem};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::InterruptLine;
@@ -59,7 +59,8 @@ const DRIVER_BITS: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED
 pub struct MmioTransport {
     device: VirtioMem,
     memory: Arc<BootMemory>,
-    events: Remote,
+    /// The loop that serves the queue; `None` if it is served by hand.
+    events: Option<Remote>,
     interrupt: Arc<InterruptLine>,
     notify: EventFd,
     /// Changed only with `registers` locked.
@@ -75,8 +76,17 @@ struct Registers {
     driver_features: u64,
     queue_sel: u32,
     queue: QueueRegisters,
-    /// The handler in the event loop, while the queue is served.
-    handler: Option<SubscriberId>,
+    /// What serves the queue, while it is served.
+    handler: Option<Handler>,
+}
+
+/// Where the handler of the queue is.
+#[derive(Debug)]
+enum Handler {
+    /// In the event loop.
+    Subscribed(SubscriberId),
+    /// Here, for [`MmioTransport::serve`].
+    Kept(QueueHandler<Arc<BootMemory>>),
 }
 
 #[derive(Debug)]
@@ -130,6 +140,29 @@ impl MmioTransport {
         events: Remote,
         interrupt: Arc<InterruptLine>,
     ) -> io::Result<Self> {
+        Self::with(device, memory, Some(events), interrupt)
+    }
+
+    /// As [`new`](Self::new), but the queue is served by [`serve`](Self::serve) and by nothing else: what happens
+    /// when is the caller's to decide, which makes it the same each time.
+    ///
+    /// # Errors
+    ///
+    /// No eventfd is left.
+    pub fn by_hand(
+        device: VirtioMem,
+        memory: Arc<BootMemory>,
+        interrupt: Arc<InterruptLine>,
+    ) -> io::Result<Self> {
+        Self::with(device, memory, None, interrupt)
+    }
+
+    fn with(
+        device: VirtioMem,
+        memory: Arc<BootMemory>,
+        events: Option<Remote>,
+        interrupt: Arc<InterruptLine>,
+    ) -> io::Result<Self> {
         Ok(Self {
             device,
             memory,
@@ -158,6 +191,22 @@ impl MmioTransport {
     #[must_use]
     pub fn notify(&self) -> &EventFd {
         &self.notify
+    }
+
+    /// Answers all requests in the queue of a transport that is served [by hand](Self::by_hand), on this thread.
+    pub fn serve(&self) {
+        if let Some(Handler::Kept(handler)) = &mut self.registers().handler {
+            while handler.serve() == Served::More {}
+        }
+    }
+
+    /// The queue and how far the device has got with it, while it is served [by hand](Self::by_hand).
+    #[must_use]
+    pub fn queue(&self) -> Option<QueueState> {
+        match &self.registers().handler {
+            Some(Handler::Kept(handler)) => Some(handler.queue().state()),
+            _ => None,
+        }
     }
 
     /// Reads `data.len()` bytes at `offset`.
@@ -306,19 +355,25 @@ impl MmioTransport {
             .device
             .activate(Arc::clone(&self.memory), queue, notify, interrupt)
             .map_err(|error| error.to_string())?;
-        let id = self.events.add(Box::new(handler)).map_err(|error| {
-            self.device.reset();
-            error.to_string()
-        })?;
-        registers.handler = Some(id);
+        registers.handler = Some(match &self.events {
+            None => Handler::Kept(handler),
+            Some(events) => {
+                let id = events.add(Box::new(handler)).map_err(|error| {
+                    self.device.reset();
+                    error.to_string()
+                })?;
+                Handler::Subscribed(id)
+            }
+        });
         Ok(())
     }
 
     /// Stops serving the queue. After it returns the device does not touch it.
     fn deactivate(&self, registers: &mut Registers) {
         self.device.reset();
-        if let Some(handler) = registers.handler.take()
-            && let Err(error) = self.events.remove(handler)
+        if let Some(Handler::Subscribed(id)) = registers.handler.take()
+            && let Some(events) = &self.events
+            && let Err(error) = events.remove(id)
         {
             // The loop is gone, and the handler with it.
             log::debug!("handler of the guest-request queue: {error}");
