@@ -1,7 +1,7 @@
 //! Operation: G-06 … G-16, what the driver does with memory, and what not.
 //!
-//! What the guest accesses is watched by the support module, which panics; here a device whose unplugged blocks are never
-//! the same adds that it shows if something were kept there.
+//! What the guest accesses is watched by the support module, which panics. Here the device also overwrites all
+//! unplugged blocks, so that it shows if something were kept there.
 
 use virtio_mem_driver::driver::{
     Mode, Policy, Progress, Stall, Suspend, SuspendError, UnreachableReason,
