@@ -10,10 +10,15 @@
 //! | G-04, G-05 | `init`: initialisation; feature bits, queue sizes, memory from an earlier life |
 //! | G-06 … G-16 | `operation` |
 //! | G-17 … G-21 | `answers`: every answer to every request, in every wrong shape |
+//! | G-20, G-21 | `dump`: the view of a crash dump |
+//! | all | `hostile`: a device that follows no rule, at random |
 //!
 //! Of these rules the support module checks some at every step of every test: a write to the configuration space
 //! (G-01), an access to a page of an unplugged block (G-06, G-07, G-09, G-10) and a buffer outside DMA memory (G-08)
-//! panic; padding is never zero (G-02, G-17 … G-20).
+//! panic, and so does a driver that never comes to rest; padding is never zero (G-02, G-17 … G-20).
+//!
+//! A request that is acknowledged and was not done cannot be told from one that was, so what the driver may believe is
+//! never a lie here, but where the lie can be found out (`h_07_…`).
 //!
 //! What a driver of a kernel cannot be caught at from here: that no *other* code of the kernel touches unplugged
 //! blocks. The guest image does that under KVM, where such an access ends the run (`vmm-harness/tests/guest.rs`). That

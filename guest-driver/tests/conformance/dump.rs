@@ -43,7 +43,8 @@ fn g_20_g_21_only_an_acknowledged_state_is_believed() {
         assert!(device.state().misbehave.is_empty());
         // The next one may be right.
         assert!(view.is_ram(5 * GIB - 1, || true));
-        assert_eq!(view.ram(GIB, || true), [4 * GIB..5 * GIB]);
+        let region = 4 * GIB..5 * GIB;
+        assert_eq!(view.ram(GIB, || true), [region]);
     }
 }
 

@@ -1,10 +1,12 @@
 //! Operation: G-06 … G-16, what the driver does with memory, and what not.
 //!
-//! What the guest accesses is watched by the support module, which panics; here a device whose unplugged blocks are never
-//! the same adds that it shows if something were kept there.
+//! What the guest accesses is watched by the support module, which panics. Here the device also overwrites all
+//! unplugged blocks, so that it shows if something were kept there.
 
-use virtio_mem_driver::driver::{Mode, Progress, Stall, Suspend, SuspendError, UnreachableReason};
-use virtio_mem_driver::hotplug::{AddMemory, Mobility, PageHandle};
+use virtio_mem_driver::driver::{
+    Mode, Policy, Progress, Stall, Suspend, SuspendError, UnreachableReason,
+};
+use virtio_mem_driver::hotplug::{AddMemory, BlockState, Mobility, OnlineType, PageHandle};
 use virtio_mem_wire::{BlockRange, Features, Request, Span};
 
 use crate::setup::{SETUPS, Setup, UNIT, WAITS, run, works};
@@ -377,4 +379,37 @@ fn leftovers(setup: Setup, features: Features) -> Rig {
         state.config.mutable.plugged_size = UNIT;
         state.config.mutable.requested_size = UNIT;
     })
+}
+
+/// Offline memory may go online while its unplug is under way: none of what leaves gets to the allocator.
+#[test]
+fn g_11_offline_memory_stays_out_of_use_once_its_unplug_is_requested() {
+    for setup in SETUPS {
+        let device = Device::new(4 * GIB, GIB, 2 * MIB);
+        let policy = Policy {
+            auto_online: None,
+            ..setup.policy()
+        };
+        let mut rig = Rig::on(device, policy);
+        rig.resize(4 * UNIT);
+        assert_eq!(rig.hotplug.counts().managed, 0);
+        rig.device.state().hold = true;
+        rig.device.request(UNIT);
+        let mut unplugs = 0;
+        while rig.driver.plugged_size() > UNIT {
+            rig.step();
+            for request in rig.device.pending() {
+                let span = request.span().unwrap();
+                let size = u64::from(span.block_count) * 2 * MIB;
+                let last = (span.addr + size - 1) / UNIT;
+                if rig.hotplug.block_state(last) == Some(BlockState::Offline) {
+                    rig.hotplug.online(last, OnlineType::Movable).unwrap();
+                }
+                assert!(is_out_of_use(&rig, span.addr, size), "{request:x?}");
+                unplugs += 1;
+            }
+            rig.device.answer();
+        }
+        assert!(unplugs > 0);
+    }
 }

@@ -62,7 +62,7 @@ impl Region {
         })
     }
 
-    /// Overwrites the first page of each block, or all of a smaller one, as a device may when it plugs or unplugs (D-17).
+    /// Overwrites the first page of each block, or all of a smaller one, as a device may when it (un)plugs it (D-17).
     pub(crate) fn scribble(&self, range: BlockRange, block_size: u64, with: u8) {
         for block in range.first..range.end() {
             let page = self.pointer(self.addr + block * block_size);

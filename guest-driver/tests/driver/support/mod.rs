@@ -18,6 +18,9 @@ use memory::PluggedMemory;
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const GIB: u64 = 1 << 30;
 
+/// More steps than any test takes.
+const POLLS_MAX: u64 = 1_000_000;
+
 /// No memory for the metadata of the next section.
 pub(crate) const NO_METADATA: Fault = Fault {
     step: Step::Memmap,
@@ -117,6 +120,7 @@ impl Rig {
             self.driver.on_interrupt();
         }
         self.polls += 1;
+        assert!(self.polls < POLLS_MAX, "the driver never comes to rest");
         self.driver.poll(&mut self.hotplug, self.now_ms)
     }
 
