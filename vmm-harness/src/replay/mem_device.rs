@@ -18,10 +18,11 @@ const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_mem/";
 
 /// The device, and the driver while there is one.
 pub(super) struct MemDevice {
+    /// Before the rig: its end is a reset of the device.
+    driver: Option<Driver>,
     rig: Rig,
     device: RecordedDevice,
     policy: Policy,
-    driver: Option<Driver>,
     /// The driver's clock goes by the recorded requests.
     now_ms: u64,
 }
