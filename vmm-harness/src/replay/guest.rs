@@ -161,15 +161,13 @@ impl Guest {
         let mut asked = None;
         let cut_short = step.result.is_none() || step.settle_timeout;
         let mut course = Course::new(&step.requests, cut_short);
-        if let Some(device) = &mut self.mem_device {
-            device.retry(&mut self.hotplug, &mut course)?;
-        }
         match &step.op {
             Op::Other => {}
             Op::Probe { out } => self.probe(out, &mut checks)?,
             Op::Resize(size) => {
-                let device = self.mem_device.as_ref();
+                let device = self.mem_device.as_mut();
                 let device = device.ok_or("there is no device to resize")?;
+                device.retry_before(*size, &mut self.hotplug, &mut course)?;
                 outcome = Some(match (device.resize(*size), &step.result) {
                     (Ok(()), _) => Outcome::Success,
                     // Whatever name the machine has for that.

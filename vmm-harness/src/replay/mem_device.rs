@@ -18,10 +18,11 @@ const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_mem/";
 
 /// The device, and the driver while there is one.
 pub(super) struct MemDevice {
+    /// Before the rig: its end is a reset of the device.
+    driver: Option<Driver>,
     rig: Rig,
     device: RecordedDevice,
     policy: Policy,
-    driver: Option<Driver>,
     /// The driver's clock goes by the recorded requests.
     now_ms: u64,
 }
@@ -89,18 +90,19 @@ impl MemDevice {
         (status.requested_size, status.plugged_size)
     }
 
-    /// The retry timer may have run out before the operation of a step: a driver that tries again then still works
-    /// towards what was requested before.
-    pub(super) fn retry(
+    /// The retry timer may have run out before another `size` was requested. It has, if memory was unplugged though
+    /// there shall be more.
+    pub(super) fn retry_before(
         &mut self,
+        size: u64,
         hotplug: &mut Hotplug<NoContents>,
         course: &mut Course<'_>,
     ) -> Result<(), String> {
+        let (_, plugged) = self.sizes();
+        let first = course.expected().map(|first| first.exchange.request);
+        let unplugs = matches!(first, Some(Request::Unplug(_)));
         let retry_at_ms = self.driver.as_ref().and_then(Driver::deadline_ms);
-        let unplugs = course
-            .expected()
-            .is_some_and(|first| matches!(first.exchange.request, Request::Unplug(_)));
-        if unplugs && course.waits_until(retry_at_ms) {
+        if unplugs && size >= plugged && course.waits_until(retry_at_ms) {
             self.let_time_pass(retry_at_ms, course);
             self.run(hotplug, course)?;
         }

@@ -5,8 +5,8 @@
 //! states, zones, spans, counters, uevents, nodes, resources. The first difference ends the replay.
 //!
 //! Where a virtio-mem device was recorded, the device of this project takes its place and
-//! [`MemDriver`](virtio_mem_driver::driver::MemDriver) works on it under Linux's policy; its requests must be those that
-//! were recorded.
+//! [`MemDriver`](virtio_mem_driver::driver::MemDriver) works on it under Linux's policy; its requests must be those
+//! that were recorded.
 //!
 //! Taken from the trace, because it depends on where the kernel keeps its own pages: which attempts to empty memory
 //! failed or went on for ever ([`Inputs`]), and how many pages at boot are in use for ever.
