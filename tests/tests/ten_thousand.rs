@@ -33,7 +33,7 @@ const RESIZES: u64 = 10_000;
 const RESIZES_OF_A_MACHINE: u64 = 100;
 
 /// After so many tries in which nothing has moved a driver may give up for now.
-const TRIES_IN_VAIN: u32 = 8;
+const TRIES_IN_VAIN: u32 = 16;
 
 /// What has happened how often.
 type Coverage = BTreeMap<String, u64>;
@@ -59,7 +59,7 @@ enum Trouble {
     /// The configuration does not come to rest.
     Restless(u64),
     /// A step of the hotplug core fails.
-    Core(Step, u32),
+    Core(Fault),
     /// Nothing may go offline.
     Veto,
     /// The target changes on the way.
@@ -81,8 +81,17 @@ impl Trouble {
             9 if random.one_in(2) => Self::Break,
             10 => Self::Restless(random.pick(&[3, 1 << 40])),
             11..=13 => {
-                let skip = u32::try_from(random.below(4)).unwrap();
-                Self::Core(random.pick(&Step::ALL), skip)
+                let step = random.pick(&Step::ALL);
+                Self::Core(Fault {
+                    step,
+                    skip: u32::try_from(random.below(4)).unwrap(),
+                    error: match step {
+                        Step::Isolate | Step::Commit | Step::PrepareOnline => Error::Busy,
+                        Step::Resource => random.pick(&[Error::Exists, Error::Invalid]),
+                        Step::MemoryBlock => Error::Exists,
+                        _ => Error::NoMemory,
+                    },
+                })
             }
             14 => Self::Veto,
             15 | 16 => Self::Retarget,
@@ -109,8 +118,8 @@ struct Rest {
     /// What a driver recovers from a few times, since it last settled.
     damaged: u64,
     reset: u64,
-    /// Everything is to come to its end.
-    ending: bool,
+    /// Nothing changes any more while the driver tries.
+    calm: bool,
     coverage: Coverage,
     history: History,
 }
@@ -237,7 +246,7 @@ impl World {
                 vetoes: Arc::default(),
                 damaged: 0,
                 reset: 0,
-                ending: false,
+                calm: false,
                 coverage: Coverage::new(),
                 history: History {
                     case,
@@ -281,6 +290,7 @@ impl World {
 
     /// Lets the driver get as far as it can, and checks that it is right about it.
     fn converge(&mut self) {
+        self.rest.calm = false;
         let progress = self.try_converge();
         let Self { rig, rest } = self;
         rest.note(format!(
@@ -336,6 +346,7 @@ impl World {
                 true => in_vain + 1,
                 false => 0,
             };
+            rest.calm |= in_vain > 0;
             match retry_at_ms {
                 Some(at) if in_vain < TRIES_IN_VAIN => rig.now_ms = at,
                 _ => return progress,
@@ -346,10 +357,10 @@ impl World {
     /// Everything goes, and nothing is left.
     fn end(mut self) -> Coverage {
         let Self { rig, rest } = &mut self;
-        rest.ending = true;
-        rest.load.clear(&mut rig.hotplug, &rig.shadow);
+                rest.load.clear(&mut rig.hotplug, &rig.shadow);
         rig.driver_and_memory().0.set_unplug_online(true);
         rig.case.policy.unplug_online = true;
+        rest.calm = true;
         drop(rig.handle.resize(0).unwrap());
         let progress = self.try_converge();
         let Self { rig, rest } = &mut self;
@@ -472,15 +483,7 @@ impl Rest {
             Trouble::Lose => rig.bus.lose(1),
             Trouble::Break => {}
             Trouble::Restless(reads) => rig.bus.make_restless(reads),
-            Trouble::Core(step, skip) => rig.hotplug.inject(Fault {
-                step,
-                skip,
-                error: match step {
-                    Step::Isolate | Step::Commit | Step::PrepareOnline => Error::Busy,
-                    Step::Resource | Step::MemoryBlock => Error::Exists,
-                    _ => Error::NoMemory,
-                },
-            }),
+            Trouble::Core(fault) => rig.hotplug.inject(fault),
             Trouble::Veto => self.veto.store(true, Ordering::Relaxed),
         }
     }
@@ -492,8 +495,8 @@ impl Rest {
                 let (_, name) = HostStep::ALL.into_iter().find(|(s, _)| *s == step).unwrap();
                 *self.coverage.entry(name.to_owned()).or_default() += rig.host.disarm();
             }
-            Trouble::Core(step, _) if rig.hotplug.clear_faults() == 0 => {
-                self.count(&format!("core: {step:?}"));
+            Trouble::Core(fault) if rig.hotplug.clear_faults() == 0 => {
+                self.count(&format!("core: {:?}", fault.step));
             }
             Trouble::Freeze { .. } => rig.handle.thaw(),
             Trouble::Veto => {
@@ -527,7 +530,7 @@ impl Rest {
 
     /// Before each step of the driver.
     fn meanwhile(&mut self, rig: &mut Rig) {
-        if self.ending || !self.random.one_in(30) {
+        if self.calm || !self.random.one_in(30) {
             return;
         }
         match self.trouble {
@@ -629,10 +632,6 @@ impl Rest {
     /// The reason for which the driver does not get on must be true.
     fn explain(&self, rig: &Rig, reason: Stall) {
         let (hits, status) = (rig.bus.hits(), rig.handle.status());
-        let offline = || {
-            let mut blocks = rig.hotplug.blocks();
-            blocks.any(|block| block.state == BlockState::Offline)
-        };
         let true_reason = match reason {
             Stall::DeviceBusy => status.frozen || rig.host.hits() > 0,
             Stall::Refused => hits.refused > 0,
@@ -641,7 +640,7 @@ impl Rest {
             Stall::NoMemory => rig.case.boot_ram,
             Stall::NotAdded(_) => false,
             Stall::NotRemoved => self.vetoes.load(Ordering::Relaxed),
-            Stall::OfflineThreshold => rig.case.policy.auto_online.is_none() && offline(),
+            Stall::OfflineThreshold => rig.is_too_much_offline(),
             Stall::ConfigUnstable => rig.bus.is_armed() && hits.restless > 0,
         };
         let blocks: Vec<_> = rig.hotplug.blocks().collect();

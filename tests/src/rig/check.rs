@@ -1,8 +1,10 @@
 //! What must hold.
 
 use virtio_mem::wire::{Answer, BlockRange, BlockState as Plugged, RequestKind};
-use virtio_mem_driver::driver::{Failure, Progress, Stall, Unreachable, UnreachableReason};
-use virtio_mem_driver::hotplug::{PageCounts, Resource, ZoneKind};
+use virtio_mem_driver::driver::{
+    Failure, Progress, Stall, Strategy, Unreachable, UnreachableReason,
+};
+use virtio_mem_driver::hotplug::{BlockState, PageCounts, Resource, ZoneKind};
 use vmm_harness::in_process::Access;
 
 use super::Rig;
@@ -64,9 +66,13 @@ impl Rig {
         assert!(status.failure.is_none(), "{:?}", status.failure);
         if let Progress::Failed(failure) = progress {
             // What was in flight may have been done or not.
-            let known = matches!(failure, Failure::NeedsReset | Failure::AnswerTimeout);
+            let unknown = match failure {
+                Failure::NeedsReset | Failure::AnswerTimeout => true,
+                // Other requests may have been in flight.
+                _ => self.strategy() == Strategy::Direct || self.leftovers_stay(),
+            };
             assert!(
-                known || self.driver().plugged_map() == &plugged,
+                unknown || self.driver().plugged_map() == &plugged,
                 "{failure}"
             );
             return;
@@ -206,6 +212,19 @@ impl Rig {
                 blocks.is_some_and(|blocks| plugged.state(blocks) == Plugged::Unplugged)
             });
         free.count() as u64
+    }
+
+    /// Whether so much memory is offline that a unit more would be too much.
+    #[must_use]
+    pub fn is_too_much_offline(&self) -> bool {
+        let memory_block = self.hotplug.profile().memory_block_size();
+        let unit = self.driver().unit_size();
+        let blocks = self.hotplug.blocks();
+        let offline = blocks
+            .filter(|block| block.state == BlockState::Offline)
+            .count() as u64;
+        // At least 1 GiB, and two of whatever is added.
+        offline * memory_block + unit > (1 << 30).max(2 * memory_block).max(2 * unit)
     }
 
     /// Whether any memory of the region is in a kernel zone, where pages without a user's handle may be.
