@@ -374,3 +374,19 @@ fn recorder_that_did_not_wait_shows_the_rest_in_the_next_step() {
         "step 13 (resize 671088640): request 1: expected none, got unplug 0x130000000 blocks 64 ack"
     );
 }
+
+/// The memory is on the node the device names.
+#[test]
+fn device_on_another_node_is_found() {
+    let mut trace = recorded(REBIND);
+    let arguments = trace["boot"]["machine_args"].as_array_mut().unwrap();
+    let device = arguments.iter_mut().find(|argument| {
+        argument
+            .as_str()
+            .is_some_and(|a| a.starts_with("virtio-mem-pci,"))
+    });
+    let device = device.unwrap();
+    *device = json!(format!("{},node=1", device.as_str().unwrap()));
+    let found = difference(&trace);
+    assert!(found.contains("node"), "{found}");
+}

@@ -357,7 +357,7 @@ impl World {
     /// Everything goes, and nothing is left.
     fn end(mut self) -> Coverage {
         let Self { rig, rest } = &mut self;
-                rest.load.clear(&mut rig.hotplug, &rig.shadow);
+        rest.load.clear(&mut rig.hotplug, &rig.shadow);
         rig.driver_and_memory().0.set_unplug_online(true);
         rig.case.policy.unplug_online = true;
         rest.calm = true;

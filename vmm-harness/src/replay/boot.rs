@@ -90,7 +90,9 @@ impl Plan {
             }
         }
         boot.cpu_nodes = cpu_nodes(trace, &boot, &dimms)?;
-        config.possible_nodes = 1 + highest_node(trace, &boot);
+        let highest_node = highest_node(trace, &boot);
+        config.possible_nodes = 1 + highest_node;
+        boot.proximity_domains = (0..=highest_node).collect();
         Ok(Self {
             kernel,
             config,
@@ -363,7 +365,9 @@ fn highest_node(trace: &Trace, boot: &Boot) -> u32 {
         _ => None,
     });
     let ram = boot.ram.iter().map(|range| range.nid);
+    let mem_device = trace.device.map(|device| device.node.into());
     numa.chain(steps)
+        .chain(mem_device)
         .chain(trace.dimms.iter().filter_map(|dimm| dimm.node))
         .chain(ram)
         .chain(boot.cpu_nodes.iter().copied())

@@ -22,6 +22,9 @@ pub(super) struct RecordedDevice {
     /// Bytes requested when the machine was started.
     #[serde(skip)]
     pub(super) requested_size: u64,
+    /// Its proximity domain, which is the node's number on this kind of machine.
+    #[serde(skip)]
+    pub(super) node: u16,
 }
 
 /// A request and what the device said to it.

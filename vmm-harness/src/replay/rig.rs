@@ -68,6 +68,7 @@ impl Rig {
             .block_size(recorded.block_size)
             .guest_memory_block_size(memory_block_size)
             .requested_size(recorded.requested_size)
+            .node_id(recorded.node)
             .build()?;
         let ranges = [(GuestAddress(0), MEMORY as usize)];
         let memory =

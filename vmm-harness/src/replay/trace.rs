@@ -254,12 +254,11 @@ impl Trace {
         Self::parse(&json)
     }
 
-    /// What the machine's command line requests of its virtio-mem device.
-    fn requested_size_at_start(&self) -> u64 {
-        let devices =
+    /// A property the machine's command line gives its virtio-mem device.
+    fn of_mem_device(&self, name: &str) -> Option<&str> {
+        let mut devices =
             options(self, "-device").filter(|option| option.starts_with("virtio-mem-pci,"));
-        let mut sizes = devices.filter_map(|option| property(option, "requested-size"));
-        sizes.find_map(parse_bytes).unwrap_or(0)
+        devices.find_map(|option| property(option, name))
     }
 
     /// Reads a document.
@@ -269,9 +268,13 @@ impl Trace {
     /// [`TraceError`] if it cannot be replayed.
     pub fn parse(json: &[u8]) -> Result<Self, TraceError> {
         let mut trace: Self = serde_json::from_slice(json)?;
-        let requested_size = trace.requested_size_at_start();
+        let requested_size = trace.of_mem_device("requested-size").and_then(parse_bytes);
+        let node = trace
+            .of_mem_device("node")
+            .and_then(|node| node.parse().ok());
         if let Some(device) = &mut trace.device {
-            device.requested_size = requested_size;
+            device.requested_size = requested_size.unwrap_or(0);
+            device.node = node.unwrap_or(0);
         }
         trace.check()?;
         Ok(trace)
