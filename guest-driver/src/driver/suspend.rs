@@ -55,7 +55,11 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
         hotplug: &mut Hotplug<M>,
         kind: Suspend,
     ) -> Result<(), SuspendError> {
-        let plugged_size = self.plugged_size().max(self.config.mutable.plugged_size);
+        let mut plugged_size = self.plugged_size();
+        if self.unplug_all || self.scan.is_some() || self.failure.is_some() {
+            // The driver does not know all that is plugged. Otherwise what it has read is older than what it has done.
+            plugged_size = plugged_size.max(self.config.mutable.plugged_size);
+        }
         match kind {
             Suspend::Disk => return Err(SuspendError::NotPermitted),
             Suspend::Ram

@@ -41,6 +41,31 @@ fn g_16_nothing_deeper_than_idle_while_memory_is_plugged() {
     rig.resize(2 * MIB);
 }
 
+/// The configuration was read when the target changed, and says still what was plugged then.
+#[test]
+fn g_16_what_was_unplugged_since_the_configuration_was_read_is_no_reason_to_stay_awake() {
+    for policy in [LINUX, Policy::default()] {
+        let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
+        rig.resize(64 * MIB);
+        rig.resize(0);
+        rig.driver.suspend(&mut rig.hotplug, Suspend::Ram).unwrap();
+    }
+}
+
+#[test]
+fn g_16_what_an_earlier_driver_has_left_plugged_is_a_reason_to_stay_awake() {
+    for policy in [LINUX, Policy::default()] {
+        let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
+        rig.resize(64 * MIB);
+        let Rig { device, driver, .. } = rig;
+        drop(driver);
+        let mut rig = Rig::on(device, policy);
+        let ram = rig.driver.suspend(&mut rig.hotplug, Suspend::Ram);
+        let plugged_size = 64 * MIB;
+        assert_eq!(ram, Err(SuspendError::MemoryPlugged { plugged_size }));
+    }
+}
+
 #[test]
 fn memory_that_stays_plugged_can_sleep() {
     let device = Device::new(4 * GIB, GIB, 2 * MIB);
