@@ -1,5 +1,8 @@
 //! What the integration tests share: machines with a memory device, and what must always hold of them.
 
+pub mod random;
+pub mod rig;
+
 use std::io::Write;
 use std::time::Duration;
 

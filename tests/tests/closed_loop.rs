@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use integration_tests::random::{Random, seed};
 use integration_tests::{
     LONG, MIB, assert_consistent, assert_ends_well, device, guest_kinds, start,
 };
@@ -10,39 +11,12 @@ use vmm_harness::DriverState;
 
 const REGION: u64 = 1024 * MIB;
 
-/// A small generator, seeded: the same seed is the same test.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        // SplitMix64.
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % bound
-    }
-}
-
-/// Seconds since the epoch unless `VMEM_SEED` says otherwise.
-fn seed() -> u64 {
-    let given = std::env::var("VMEM_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok());
-    let now = std::time::SystemTime::UNIX_EPOCH
-        .elapsed()
-        .map_or(0, |time| time.as_secs());
-    let seed = given.unwrap_or(now);
-    println!("VMEM_SEED={seed}");
-    seed
-}
-
 #[test]
 fn random_resizes_under_load_end_consistent() {
     let seed = seed();
     for kind in guest_kinds("random_resizes_under_load_end_consistent") {
         let machine = start(kind, seed, device(REGION));
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut targets = Vec::new();
         for _ in 0..60 {
             let target = random.below(REGION / (2 * MIB) + 1) * 2 * MIB;
@@ -76,7 +50,7 @@ fn target_may_change_at_any_moment() {
     let seed = seed();
     for kind in guest_kinds("target_may_change_at_any_moment") {
         let machine = start(kind, seed, device(REGION));
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         for _ in 0..20 {
             for _ in 0..random.below(8) + 1 {
                 let target = random.below(REGION / (2 * MIB) + 1) * 2 * MIB;

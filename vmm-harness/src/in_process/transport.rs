@@ -1,5 +1,6 @@
 //! A driver's transport that calls the device's registers instead of trapping into them.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_mmio::{
@@ -26,7 +27,17 @@ pub trait Registers {
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-impl Registers for Arc<MmioTransport> {
+impl Registers for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        Self::read(self, offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        Self::write(self, offset, data);
+    }
+}
+
+impl<P: Deref<Target: Registers>> Registers for P {
     fn read(&self, offset: u64, data: &mut [u8]) {
         (**self).read(offset, data);
     }

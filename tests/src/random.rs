@@ -1,0 +1,61 @@
+//! Randomness that can be had again.
+
+use std::env;
+use std::time::SystemTime;
+
+/// A small generator, seeded: the same seed is the same test.
+#[derive(Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// The numbers that belong to `seed`.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// A number less than `bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        // SplitMix64.
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % bound
+    }
+
+    /// True once in `times` times.
+    pub fn one_in(&mut self, times: u64) -> bool {
+        self.below(times) == 0
+    }
+
+    /// An index of a slice of `len` elements.
+    pub fn index(&mut self, len: usize) -> usize {
+        usize::try_from(self.below(len as u64)).expect("less than a usize")
+    }
+
+    /// One of `choices`.
+    pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.index(choices.len())]
+    }
+}
+
+/// A number from the environment; `default` if it is not there.
+///
+/// # Panics
+///
+/// If it is there and is no number.
+#[must_use]
+pub fn from_environment(name: &str, default: u64) -> u64 {
+    let given = env::var(name).ok();
+    given.map_or(default, |text| text.parse().expect("a number"))
+}
+
+/// `VMEM_SEED`; seconds since the epoch if it is not set. Printed.
+#[must_use]
+pub fn seed() -> u64 {
+    let now = SystemTime::UNIX_EPOCH.elapsed();
+    let seed = from_environment("VMEM_SEED", now.map_or(0, |time| time.as_secs()));
+    println!("VMEM_SEED={seed}");
+    seed
+}
