@@ -71,7 +71,7 @@ enum Trouble {
 impl Trouble {
     fn random(random: &mut Random) -> Self {
         let times = random.pick(&[1, 1, 2, 30]);
-        match random.below(24) {
+        match random.below(28) {
             0 => Self::Freeze { thaw: true },
             1 => Self::Freeze { thaw: false },
             2..=5 => Self::Host(random.pick(&HostStep::ALL).0, times),
@@ -80,22 +80,22 @@ impl Trouble {
             8 if random.one_in(2) => Self::Lose,
             9 if random.one_in(2) => Self::Break,
             10 => Self::Restless(random.pick(&[3, 1 << 40])),
-            11..=13 => {
+            11..=14 | 24..=26 => {
                 let step = random.pick(&Step::ALL);
                 Self::Core(Fault {
                     step,
                     skip: u32::try_from(random.below(4)).unwrap(),
                     error: match step {
                         Step::Isolate | Step::Commit | Step::PrepareOnline => Error::Busy,
-                        Step::Resource => random.pick(&[Error::Exists, Error::Invalid]),
+                        Step::Resource => Error::Invalid,
                         Step::MemoryBlock => Error::Exists,
                         _ => Error::NoMemory,
                     },
                 })
             }
-            14 => Self::Veto,
-            15 | 16 => Self::Retarget,
-            17 => Self::Reprobe,
+            15 => Self::Veto,
+            16 => Self::Retarget,
+            17 | 27 => Self::Reprobe,
             _ => Self::Nothing,
         }
     }
@@ -220,7 +220,10 @@ fn case(seed: u64, random: &mut Random) -> Case {
         profile,
         policy,
         block_size,
-        region: (REGION_START + shift, memory_blocks * memory_block),
+        region: (
+            REGION_START + shift,
+            (memory_blocks * memory_block).next_multiple_of(block_size),
+        ),
         boot_ram: random.one_in(2),
         memmap_on_memory: random.pick(&[
             MemmapOnMemory::Off,
@@ -268,6 +271,9 @@ impl World {
         let Self { rig, rest } = self;
         rest.change_load(rig);
         rest.act_as_user_space(rig);
+        if rig.handle.status().plugged_size == 0 && rest.random.one_in(8) {
+            rest.reprobe(rig);
+        }
         rest.trouble = Trouble::random(&mut rest.random);
         rig.bus.hold(rest.random.one_in(2));
         let target = rest.target(rig);

@@ -38,6 +38,60 @@ fn model(map: &[bool], target: usize) -> usize {
     }
 }
 
+/// The fewest requests from `map` to `target` blocks, found by trying all: each request plugs, or unplugs, some blocks
+/// in a row, and UNPLUG ALL everything. Blocks that shall stay are not unplugged to be plugged again, as their contents
+/// would be lost.
+fn fewest_of_all(map: u16, blocks: u32, target: u32) -> usize {
+    let grows = target > map.count_ones();
+    let runs: Vec<u16> = (0..blocks)
+        .flat_map(|first| (1..=blocks - first).map(move |count| ((1 << count) - 1) << first))
+        .collect();
+    let mut reached = vec![map];
+    for requests in 0.. {
+        if reached.iter().any(|map| map.count_ones() == target) {
+            return requests;
+        }
+        let mut next = Vec::new();
+        for map in reached {
+            for run in &runs {
+                let (fits, then) = match grows {
+                    true => (map & run == 0, map | run),
+                    false => (map & run == *run, map & !run),
+                };
+                let overshoots = match grows {
+                    true => then.count_ones() > target,
+                    false => then.count_ones() < target,
+                };
+                if fits && !overshoots {
+                    next.push(then);
+                }
+            }
+            if target == 0 {
+                next.push(0);
+            }
+        }
+        next.sort_unstable();
+        next.dedup();
+        reached = next;
+    }
+    unreachable!("blocks can be plugged one by one")
+}
+
+#[test]
+fn model_counts_as_few_requests_as_there_can_be() {
+    const BLOCKS: u32 = 8;
+    for map in 0..1 << BLOCKS {
+        let blocks: Vec<_> = (0..BLOCKS).map(|block| map >> block & 1 == 1).collect();
+        for target in 0..=BLOCKS {
+            assert_eq!(
+                model(&blocks, target as usize),
+                fewest_of_all(map, BLOCKS, target),
+                "{map:#010b} to {target}"
+            );
+        }
+    }
+}
+
 /// A driver that has taken over a device with these blocks plugged.
 fn rig_with(map: &[bool]) -> Rig {
     let device = Device::new(4 * GIB, map.len() as u64 * 2 * MIB, 2 * MIB);

@@ -21,7 +21,8 @@ use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use virtio_mem::{Anonymous, Handle, VirtioMem};
+use virtio_mem::wire::BlockMap;
+use virtio_mem::{Anonymous, Builder, Handle, State, VirtioMem};
 use virtio_mem_driver::driver::{MemDriver, Mode, Policy, ProbeError, Progress, Removed, Strategy};
 use virtio_mem_driver::hotplug::{
     Boot, BootRange, Config, Hotplug, MemmapOnMemory, Profile, Snapshot,
@@ -137,8 +138,33 @@ impl Rig {
     /// If the device cannot be built, or the driver does not come.
     #[must_use]
     pub fn new(case: Case) -> Self {
+        Self::with(case, |builder| builder)
+    }
+
+    /// The same with these blocks plugged, and asked for, by nobody: a driver finds them.
+    ///
+    /// # Panics
+    ///
+    /// As [`new`](Self::new), and if the region has another number of blocks.
+    #[must_use]
+    pub fn with_plugged(case: Case, plugged: &BlockMap) -> Self {
+        let mut empty = Self::new(case);
+        empty.driver = None;
+        let size = plugged.count() * case.block_size;
+        let state = State {
+            requested_size: size,
+            usable_region_size: case.region.1,
+            plugged_size: size,
+            plugged: plugged.words().to_vec(),
+            ..empty.handle.save().expect("no driver is served")
+        };
+        Self::with(case, |builder| builder.restore(state))
+    }
+
+    fn with(case: Case, options: impl FnOnce(Builder) -> Builder) -> Self {
         let host = HostFaults::default();
-        let device = device(&case, &host);
+        let device = options(builder(&case, &host)).build();
+        let device = device.expect("options that go together");
         let shadow = Arc::new(Shadow::new(device.geometry(), case.unplugged_inaccessible));
         let handle = device.handle();
         handle
@@ -150,7 +176,6 @@ impl Rig {
         });
         let boot = Arc::new(BootMemory::from_ranges(&ranges).expect("memory of boot"));
         let arena = Arc::new(Arena::new(&boot, DMA).expect("DMA memory"));
-        arena.enter();
         let bus = Bus::new(
             device,
             Arc::clone(&boot),
@@ -193,6 +218,8 @@ impl Rig {
     ///
     /// If there is none.
     pub fn driver_and_memory(&mut self) -> (&mut Driver, &mut Hotplug<GuestMemory>) {
+        // There may be other machines in this thread.
+        self.arena.enter();
         (self.driver.as_mut().expect("a driver"), &mut self.hotplug)
     }
 
@@ -214,6 +241,7 @@ impl Rig {
     ///
     /// Those of [`MemDriver::probe`].
     pub fn probe(&mut self) -> Result<(), ProbeError> {
+        self.arena.enter();
         let plugged = self.handle.status().plugged_size > 0;
         self.leftovers = plugged && self.strategy() == Strategy::Linux;
         let transport = LoopbackTransport::new(Rc::clone(&self.bus));
@@ -228,6 +256,7 @@ impl Rig {
     ///
     /// If it keeps DMA memory.
     pub fn remove_driver(&mut self) -> Option<Removed> {
+        self.arena.enter();
         let driver = self.driver.take()?;
         let removed = driver.remove(&mut self.hotplug);
         assert_eq!(self.arena.pages_taken(), 0, "DMA memory is leaked");
@@ -241,6 +270,7 @@ impl Rig {
     ///
     /// If the machine cannot be reset, or the driver does not come.
     pub fn reboot(&mut self, system_reset: bool) {
+        self.arena.enter();
         self.driver = None;
         assert_eq!(self.arena.pages_taken(), 0, "DMA memory is leaked");
         if system_reset {
@@ -299,7 +329,14 @@ impl Rig {
     }
 }
 
-fn device(case: &Case, host: &HostFaults) -> VirtioMem {
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.arena.enter();
+        self.driver = None;
+    }
+}
+
+fn builder(case: &Case, host: &HostFaults) -> Builder {
     let (addr, size) = case.region;
     let backing = FaultyBacking {
         memory: Anonymous::base_pages(size).expect("address space for the region"),
@@ -313,7 +350,7 @@ fn device(case: &Case, host: &HostFaults) -> VirtioMem {
     if case.persistent_suspend {
         builder = builder.persistent_suspend();
     }
-    builder.build().expect("options that go together")
+    builder
 }
 
 /// A guest without a driver.
