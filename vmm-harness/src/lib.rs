@@ -47,6 +47,7 @@ mod in_process;
 mod kick;
 pub mod layout;
 mod lifecycle;
+pub mod linux;
 mod machine;
 mod mailbox;
 mod outcome;
