@@ -15,6 +15,7 @@
 //! | the guest without KVM | `in_process/` |
 //! | what `vmem demo` does and checks | [`demo`] |
 //! | what `vmem replay` does and compares | [`replay`] |
+//! | what `vmem linux` boots, tries and checks | [`linux`] |
 //!
 //! # Example
 //!

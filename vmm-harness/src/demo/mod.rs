@@ -14,6 +14,7 @@ use virtio_mem_wire::{Answer, Geometry, RequestKind};
 use vm_memory::GuestAddress;
 
 pub use checks::CheckFailed;
+pub use table::size;
 
 use self::residency::unplugged_resident;
 use crate::layout::{LARGE_PAGE, REGION_START};

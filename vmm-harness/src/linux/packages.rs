@@ -77,20 +77,20 @@ impl Artefact {
         self.dir.join(name)
     }
 
-    /// The packages it was made of, the main one last.
-    pub(super) fn versions(&self) -> Result<Vec<String>, LinuxError> {
+    /// The package it is named after, which is the last one apt was to get.
+    fn main_package(&self) -> Result<String, LinuxError> {
         let path = self.file(VERSIONS);
         let text = fs::read_to_string(&path).map_err(LinuxError::file(path))?;
-        Ok(text.lines().map(str::to_owned).collect())
+        Ok(text.lines().last().unwrap_or_default().to_owned())
     }
 }
 
 /// Everything for one kernel.
 #[derive(Debug)]
 pub(super) struct Provision {
-    pub(super) qemu: Artefact,
-    pub(super) kernel: Artefact,
-    pub(super) busybox: Artefact,
+    qemu: Artefact,
+    kernel: Artefact,
+    busybox: Artefact,
 }
 
 impl Provision {
@@ -132,6 +132,15 @@ impl Provision {
             kernel: artefact(kernel),
             busybox: artefact(busybox),
         })
+    }
+
+    /// What is used, by package and version.
+    pub(super) fn versions(&self) -> Result<[String; 3], LinuxError> {
+        Ok([
+            self.qemu.main_package()?,
+            self.kernel.main_package()?,
+            self.busybox.main_package()?,
+        ])
     }
 
     pub(super) fn vmlinuz(&self) -> PathBuf {
