@@ -23,6 +23,12 @@ const SECURITY: Suites = Suites {
     names: &["bookworm-security"],
 };
 
+/// The emulator, from x86 to x86.
+const QEMU: &str = "qemu-system-x86";
+
+/// The guest's programs, in one file.
+const BUSYBOX: &str = "busybox-static";
+
 /// Names and versions of the packages an artefact is made of.
 const VERSIONS: &str = "versions";
 
@@ -66,31 +72,11 @@ impl KernelSeries {
     }
 }
 
-/// A program or kernel in the cache.
-#[derive(Debug)]
-pub(super) struct Artefact {
-    dir: PathBuf,
-}
-
-impl Artefact {
-    fn file(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
-    }
-
-    /// The package it is named after, which is the last one apt was to get.
-    fn main_package(&self) -> Result<String, LinuxError> {
-        let path = self.file(VERSIONS);
-        let text = fs::read_to_string(&path).map_err(LinuxError::file(path))?;
-        Ok(text.lines().last().unwrap_or_default().to_owned())
-    }
-}
-
-/// Everything for one kernel.
+/// Everything for one kernel, in the cache.
 #[derive(Debug)]
 pub(super) struct Provision {
-    qemu: Artefact,
-    kernel: Artefact,
-    busybox: Artefact,
+    tools: PathBuf,
+    kernel: PathBuf,
 }
 
 impl Provision {
@@ -100,16 +86,14 @@ impl Provision {
         series: KernelSeries,
         progress: &mut Progress,
     ) -> Result<Self, LinuxError> {
-        let artefact = |dir| Artefact { dir };
-        let qemu = cache.get_or_make("qemu", progress, |dir, progress| {
-            from_packages(dir, "QEMU", BACKPORTS, progress, |apt, root, phase| {
-                apt.unpack(&["qemu-system-x86".into()], true, root, phase)
-            })
-        })?;
-        let busybox = cache.get_or_make("busybox", progress, |dir, progress| {
-            from_packages(dir, "busybox", BACKPORTS, progress, |apt, root, phase| {
-                apt.unpack(&["busybox-static".into()], false, root, phase)
-            })
+        let tools = cache.get_or_make("tools", progress, |dir, progress| {
+            from_packages(
+                dir,
+                "QEMU and busybox",
+                BACKPORTS,
+                progress,
+                |apt, root, phase| apt.unpack(&[QEMU.into(), BUSYBOX.into()], true, root, phase),
+            )
         })?;
         let name = format!("linux-{}", series.version());
         let kernel = cache.get_or_make(&name, progress, |dir, progress| {
@@ -127,33 +111,35 @@ impl Provision {
                 },
             )
         })?;
-        Ok(Self {
-            qemu: artefact(qemu),
-            kernel: artefact(kernel),
-            busybox: artefact(busybox),
-        })
+        Ok(Self { tools, kernel })
     }
 
     /// What is used, by package and version.
-    pub(super) fn versions(&self) -> Result<[String; 3], LinuxError> {
-        Ok([
-            self.qemu.main_package()?,
-            self.kernel.main_package()?,
-            self.busybox.main_package()?,
-        ])
+    pub(super) fn versions(&self) -> Result<Vec<String>, LinuxError> {
+        let mut used = Vec::new();
+        for (dir, packages) in [
+            (&self.tools, &[QEMU, BUSYBOX][..]),
+            (&self.kernel, &["linux-image-"]),
+        ] {
+            let path = dir.join(VERSIONS);
+            let text = fs::read_to_string(&path).map_err(LinuxError::file(path))?;
+            let wanted = |line: &&str| packages.iter().any(|package| line.starts_with(package));
+            used.extend(text.lines().filter(wanted).map(str::to_owned));
+        }
+        Ok(used)
     }
 
     pub(super) fn vmlinuz(&self) -> PathBuf {
-        self.kernel.file("root/vmlinuz")
+        self.kernel.join("root/vmlinuz")
     }
 
     pub(super) fn busybox(&self) -> PathBuf {
-        self.busybox.file("root/usr/bin/busybox")
+        self.tools.join("root/usr/bin/busybox")
     }
 
     /// The modules to insert, in this order, by name and file.
     pub(super) fn modules(&self) -> Vec<(&'static str, PathBuf)> {
-        let file = |name: &'static str| (name, self.kernel.file(&format!("root/{name}.ko")));
+        let file = |name: &'static str| (name, self.kernel.join(format!("root/{name}.ko")));
         MODULES
             .into_iter()
             .map(file)
@@ -163,7 +149,7 @@ impl Provision {
 
     /// Root of the unpacked QEMU.
     pub(super) fn qemu_root(&self) -> PathBuf {
-        self.qemu.file("root")
+        self.tools.join("root")
     }
 }
 

@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// What the kernel says when something is wrong with it.
 const COMPLAINTS: &str =
-    "dmesg | grep -E 'WARNING:|BUG:|Oops|Call Trace|general protection' || true";
+    "dmesg | grep -E 'WARNING:|BUG:|Oops|general protection' || true";
 
 /// One step of a script, as measured. Sizes are in bytes.
 #[derive(Clone, Debug, Serialize)]
