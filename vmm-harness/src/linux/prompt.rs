@@ -19,7 +19,7 @@ const LEAVE: u8 = 0x1d;
 const TURN: Duration = Duration::from_millis(10);
 
 /// A shell for people in the place of the one for programs; the guest ends with it.
-const SHELL: &str = "vmem stty echo onlcr; PS1='guest# ' setsid cttyhack sh </dev/console >/dev/console 2>&1; poweroff -f\n";
+const SHELL: &str = "vmem stty echo onlcr </dev/console; PS1='guest# ' setsid cttyhack sh </dev/console >/dev/console 2>&1; poweroff -f\n";
 
 /// End of input, at a terminal.
 const END: u8 = 4;

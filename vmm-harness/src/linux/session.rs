@@ -18,8 +18,7 @@ pub(super) const LONG: Duration = Duration::from_secs(600);
 const LOOK: Duration = Duration::from_millis(50);
 
 /// What the kernel says when something is wrong with it.
-const COMPLAINTS: &str =
-    "dmesg | grep -E 'WARNING:|BUG:|Oops|general protection' || true";
+const COMPLAINTS: &str = "dmesg | grep -E -A 25 'WARNING:|BUG:|Oops|general protection' || true";
 
 /// One step of a script, as measured. Sizes are in bytes.
 #[derive(Clone, Debug, Serialize)]
