@@ -1,5 +1,8 @@
 //! Transports: how a driver finds and drives the device.
+//!
+//! `core.rs` has what they share, a transport only the addresses, widths and interrupts that are its own.
 
+mod core;
 mod interrupt;
 mod mmio;
 
