@@ -145,7 +145,7 @@ where
     pub(super) fn write_status(&self, value: u32) {
         let mut driver = self.driver();
         if value == 0 {
-            return self.reset(&mut driver);
+            return self.reset_device(&mut driver);
         }
         let old = self.status();
         let added = value & DRIVER_BITS & !old;
@@ -177,6 +177,11 @@ where
         }
     }
 
+    /// As [`write_status`](Self::write_status) of 0.
+    pub(super) fn reset(&self) {
+        self.write_status(0);
+    }
+
     pub(super) fn select_device_features(&self, word: u32) {
         self.driver().device_feature_select = word;
     }
@@ -202,6 +207,12 @@ where
 
     pub(super) fn select_queue(&self, index: u32) {
         self.driver().queue_select = index;
+    }
+
+    /// The selected word of what the driver has accepted; 0 beyond the second.
+    pub(super) fn driver_features(&self) -> u32 {
+        let driver = self.driver();
+        half(driver.driver_features, driver.driver_feature_select)
     }
 
     /// The selected queue; `None` if there is none of that number.
@@ -285,7 +296,7 @@ where
     }
 
     /// Device reset. Blocks and contents stay (D-13, D-14).
-    fn reset(&self, driver: &mut Written) {
+    fn reset_device(&self, driver: &mut Written) {
         self.deactivate(driver);
         self.interrupt.reset();
         *driver = Written::default();
@@ -306,6 +317,27 @@ impl<M, I> TransportCore<M, I> {
     /// What a notification of queue 0 signals.
     pub(super) fn notify(&self) -> &EventFd {
         &self.notify
+    }
+
+    /// Fills `data` from the device's configuration space, in aligned accesses of 1, 2, 4 or 8 bytes.
+    pub(super) fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let width = data.len() as u64;
+        match width.is_power_of_two() && width <= 8 && offset.is_multiple_of(width) {
+            true => self.device.read_config(offset, data),
+            false => data.fill(0),
+        }
+    }
+
+    pub(super) fn device_feature_select(&self) -> u32 {
+        self.driver().device_feature_select
+    }
+
+    pub(super) fn driver_feature_select(&self) -> u32 {
+        self.driver().driver_feature_select
+    }
+
+    pub(super) fn queue_select(&self) -> u32 {
+        self.driver().queue_select
     }
 
     pub(super) fn status(&self) -> u32 {
@@ -329,7 +361,7 @@ impl<M, I: fmt::Debug> fmt::Debug for TransportCore<M, I> {
 }
 
 /// Word 0 or 1 of `value`, low word first; 0 for any other.
-fn half(value: u64, word: u32) -> u32 {
+pub(super) fn half(value: u64, word: u32) -> u32 {
     let bytes = value.to_le_bytes();
     let [a, b, c, d, e, f, g, h] = bytes;
     match word {

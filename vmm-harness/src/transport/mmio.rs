@@ -81,10 +81,7 @@ impl MmioTransport {
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some(config_offset) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
-            let width = data.len() as u64;
-            if width.is_power_of_two() && config_offset.is_multiple_of(width) {
-                self.device().read_config(config_offset, data);
-            }
+            self.0.read_config(config_offset, data);
         } else if let Ok(register) = <&mut [u8; 4]>::try_from(data) {
             *register = self.read_register(offset).to_le_bytes();
         }

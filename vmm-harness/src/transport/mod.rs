@@ -5,6 +5,7 @@
 mod core;
 mod interrupt;
 mod mmio;
+pub mod pci;
 
 pub use interrupt::{InterruptCounts, InterruptLine};
 pub use mmio::{MmioTransport, NOTIFY_OFFSET};
