@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vmm_harness::GuestKind;
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
 use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
+use vmm_harness::serve::{self, ServeError, ServeOptions};
+use vmm_harness::{GuestKind, parse_size};
 
 /// Resizes the memory of a running guest through a virtio memory device.
 #[derive(Parser)]
@@ -28,6 +29,9 @@ enum Command {
     /// Runs recorded traces of real kernels through the model of memory hotplug and reports the first difference.
     #[command(after_help = REPLAY_EXIT_CODES)]
     Replay(ReplayArgs),
+    /// Serves a memory device to VMMs that speak vfio-user, and resizes it as told on standard input.
+    #[command(after_help = SERVE_HELP)]
+    Serve(ServeArgs),
 }
 
 const EXIT_CODES: &str = "\
@@ -44,6 +48,21 @@ const REPLAY_EXIT_CODES: &str = "\
 Exit codes:
   0  every step of every file agrees
   1  a step differs, or a file cannot be replayed; the others are replayed all the same
+  2  the options are wrong";
+
+const SERVE_HELP: &str = "\
+Standard input takes lines, each answered by a line of JSON on standard output:
+  resize SIZE     ask the driver to have SIZE plugged
+  status          sizes only, as the other answers have them as well
+  freeze, thaw    hold requests off for a while
+  quit            end, as SIGINT and SIGTERM do
+
+The guest memory of the client must be shared and cover the region; a guest that is to leave the region to the device
+must not know it as RAM.
+
+Exit codes:
+  0  told to end
+  1  the socket is in use, or something could not be done; the error names it
   2  the options are wrong";
 
 #[derive(Args)]
@@ -99,6 +118,28 @@ struct ReplayArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct ServeArgs {
+    /// Where clients connect; its user only. A socket nobody listens to any more is replaced
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// Guest-physical address of the device-managed region
+    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
+    region_start: u64,
+    /// Size of the region
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_size)]
+    region_size: u64,
+    /// Size of a device block, a power of two; 2M if not given
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    block_size: Option<u64>,
+    /// Proximity domain of the memory
+    #[arg(long, value_name = "N")]
+    node: Option<u16>,
+    /// Size to ask the driver for at the start
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
+    size: u64,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Guest {
     /// On KVM if it can be used, else in this process
@@ -122,24 +163,20 @@ enum Backing {
     Hugetlb2m,
 }
 
-fn parse_size(text: &str) -> Result<u64, parse_size::Error> {
-    parse_size::Config::new().with_binary().parse_size(text)
-}
-
 fn main() -> ExitCode {
     env_logger::init();
     let cli = Cli::parse();
     let result = match cli.command {
         Some(Command::Demo(args)) => run_demo(&args),
         Some(Command::Replay(args)) => run_replay(&args),
+        Some(Command::Serve(args)) => run_serve(args),
         None => run_demo(&cli.demo),
     };
     match result {
         Ok(code) => code,
         Err(error) => {
-            let usage = error
-                .downcast_ref::<demo::DemoError>()
-                .is_some_and(demo::DemoError::is_usage);
+            let demo = error.downcast_ref().is_some_and(demo::DemoError::is_usage);
+            let usage = demo || error.downcast_ref().is_some_and(ServeError::is_usage);
             eprintln!("vmem: {error:#}");
             ExitCode::from(if usage { 2 } else { 1 })
         }
@@ -177,6 +214,19 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         false => demo::run(&options, &mut io::stdout())?,
     };
     Ok(ExitCode::from(if summary.rogue.is_some() { 3 } else { 0 }))
+}
+
+fn run_serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    let options = ServeOptions {
+        socket: args.socket,
+        region_start: args.region_start,
+        region_size: args.region_size,
+        block_size: args.block_size,
+        node_id: args.node,
+        requested_size: args.size,
+    };
+    serve::run(&options, io::stdin(), &mut io::stdout())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
