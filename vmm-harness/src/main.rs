@@ -9,12 +9,13 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vmm_harness::GuestKind;
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
 use vmm_harness::linux::{
     self, DeviceKind, KernelSeries, LinuxOptions, LinuxStep, Progress, SCRIPTS, Script,
 };
 use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
+use vmm_harness::serve::{self, ServeError, ServeOptions};
+use vmm_harness::{GuestKind, parse_size};
 
 /// Resizes the memory of a running guest through a virtio memory device.
 #[derive(Parser)]
@@ -45,6 +46,9 @@ enum Command {
         #[arg(value_parser = parse_size)]
         size: Option<u64>,
     },
+    /// Serves a memory device to VMMs that speak vfio-user, and resizes it as told on standard input.
+    #[command(after_help = SERVE_HELP)]
+    Serve(ServeArgs),
 }
 
 const EXIT_CODES: &str = "\
@@ -79,7 +83,7 @@ struct LinuxArgs {
     #[arg(long, value_enum, default_value_t = Kernel::V6_12)]
     kernel: Kernel,
     /// Memory device of the guest
-    #[arg(long, value_enum, default_value_t = Device::Qemu)]
+    #[arg(long, value_enum, default_value_t = Device::Ours)]
     device: Device,
     /// What to try; without it, the guest gives a prompt
     #[arg(long, value_name = "NAME", value_parser = script_names())]
@@ -113,6 +117,8 @@ enum Kernel {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Device {
+    /// This project's, served to QEMU over vfio-user by vmem itself
+    Ours,
     /// QEMU's own virtio-mem-pci, as the reference
     Qemu,
 }
@@ -125,6 +131,21 @@ fn script_names() -> PossibleValuesParser {
         .collect::<Vec<_>>()
         .into()
 }
+
+const SERVE_HELP: &str = "\
+Standard input takes lines, each answered by a line of JSON on standard output:
+  resize SIZE     ask the driver to have SIZE plugged
+  status          sizes only, as the other answers have them as well
+  freeze, thaw    hold requests off for a while
+  quit            end, as SIGINT and SIGTERM do
+
+The guest memory of the client must be shared and cover the region; a guest that is to leave the region to the device
+must not know it as RAM.
+
+Exit codes:
+  0  told to end
+  1  the socket is in use, or something could not be done; the error names it
+  2  the options are wrong";
 
 #[derive(Args)]
 struct DemoArgs {
@@ -179,6 +200,28 @@ struct ReplayArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct ServeArgs {
+    /// Where clients connect; its user only. A socket nobody listens to any more is replaced
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// Guest-physical address of the device-managed region
+    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
+    region_start: u64,
+    /// Size of the region
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_size)]
+    region_size: u64,
+    /// Size of a device block, a power of two; 2M if not given
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    block_size: Option<u64>,
+    /// Proximity domain of the memory
+    #[arg(long, value_name = "N")]
+    node: Option<u16>,
+    /// Size to ask the driver for at the start
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
+    size: u64,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Guest {
     /// On KVM if it can be used, else in this process
@@ -202,10 +245,6 @@ enum Backing {
     Hugetlb2m,
 }
 
-fn parse_size(text: &str) -> Result<u64, parse_size::Error> {
-    parse_size::Config::new().with_binary().parse_size(text)
-}
-
 fn main() -> ExitCode {
     env_logger::init();
     let cli = Cli::parse();
@@ -214,14 +253,14 @@ fn main() -> ExitCode {
         Some(Command::Replay(args)) => run_replay(&args),
         Some(Command::Linux(args)) => run_linux(&args),
         Some(Command::Resize { socket, size }) => run_resize(&socket, size),
+        Some(Command::Serve(args)) => run_serve(args),
         None => run_demo(&cli.demo),
     };
     match result {
         Ok(code) => code,
         Err(error) => {
-            let usage = error
-                .downcast_ref::<demo::DemoError>()
-                .is_some_and(demo::DemoError::is_usage);
+            let demo = error.downcast_ref().is_some_and(demo::DemoError::is_usage);
+            let usage = demo || error.downcast_ref().is_some_and(ServeError::is_usage);
             eprintln!("vmem: {error:#}");
             ExitCode::from(if usage { 2 } else { 1 })
         }
@@ -259,6 +298,19 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         false => demo::run(&options, &mut io::stdout())?,
     };
     Ok(ExitCode::from(if summary.rogue.is_some() { 3 } else { 0 }))
+}
+
+fn run_serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    let options = ServeOptions {
+        socket: args.socket,
+        region_start: args.region_start,
+        region_size: args.region_size,
+        block_size: args.block_size,
+        node_id: args.node,
+        requested_size: args.size,
+    };
+    serve::run(&options, io::stdin(), &mut io::stdout())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
@@ -300,6 +352,7 @@ fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
             Kernel::V7_2 => KernelSeries::V7_2,
         },
         device: match args.device {
+            Device::Ours => DeviceKind::Ours,
             Device::Qemu => DeviceKind::Qemu,
         },
         seed: args.seed.unwrap_or_else(linux::new_seed),

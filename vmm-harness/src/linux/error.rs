@@ -71,6 +71,9 @@ pub enum LinuxError {
     /// QEMU did not start, or speaks a protocol we do not.
     #[error("QEMU: {0}")]
     Qemu(String),
+    /// Our device cannot be made, served or resized.
+    #[error("memory device: {0}")]
+    Device(String),
     /// The guest did not get as far as it should.
     #[error("{what}; last on the console:\n{console}")]
     Guest {

@@ -42,6 +42,7 @@ pub use scripts::{SCRIPTS, Script};
 pub use session::LinuxStep;
 
 use self::control::Control;
+use self::device::MemoryDevice;
 use self::packages::Provision;
 use self::qemu::Qemu;
 use self::session::Session;
@@ -78,8 +79,7 @@ pub fn run_script(
         seed: options.seed,
         random_for: options.random_for,
     };
-    let (qemu, device) = boot(options, script.setup(), progress)?;
-    let mut session = Session::new(qemu, device, show);
+    let mut session = Session::new(boot(options, script.setup(), progress)?, show);
     script.run(&mut session, &choices)?;
     session.finish()
 }
@@ -90,32 +90,39 @@ pub fn run_script(
 ///
 /// If a part is not to be had, or the guest does not run.
 pub fn run_prompt(options: &LinuxOptions<'_>, progress: &mut Progress) -> Result<(), LinuxError> {
-    let (mut qemu, mut device) = boot(options, &scripts::SETUP, progress)?;
-    let socket = qemu.dir().join("control");
+    let mut guest = boot(options, &scripts::SETUP, progress)?;
+    let socket = guest.qemu.dir().join("control");
     let control = Control::listen(&socket)?;
     progress.note(&format!(
         "to resize, from another terminal: vmem resize {} 1G",
         socket.display()
     ));
     progress.note("to leave: Ctrl-], or exit");
-    prompt::run(&mut qemu, device.as_mut(), &control)
+    prompt::run(&mut guest, &control)
+}
+
+/// A running guest and its device.
+struct LinuxGuest {
+    // Before the device, which is served to it until it ends.
+    qemu: Qemu,
+    device: Box<dyn MemoryDevice>,
 }
 
 fn boot(
     options: &LinuxOptions<'_>,
     setup: &qemu::Setup,
     progress: &mut Progress,
-) -> Result<(Qemu, Box<dyn device::MemoryDevice>), LinuxError> {
+) -> Result<LinuxGuest, LinuxError> {
     signals::catch().map_err(LinuxError::file("signal handler"))?;
     let cache = Cache::open(options.cache)?;
     let provision = Provision::get(&cache, options.kernel, progress)?;
-    let device = options.device.make();
+    let mut device = options.device.make();
     for version in provision.versions()? {
         progress.note(&version);
     }
     progress.note(&format!("device: {}", device.name()));
-    let qemu = Qemu::start(&provision, setup, device.as_ref(), progress)?;
-    Ok((qemu, device))
+    let qemu = Qemu::start(&provision, setup, device.as_mut(), progress)?;
+    Ok(LinuxGuest { qemu, device })
 }
 
 /// A seed that is another one each time.

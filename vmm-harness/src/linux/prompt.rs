@@ -8,9 +8,7 @@ use std::time::Duration;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use super::control::Control;
-use super::device::MemoryDevice;
-use super::qemu::Qemu;
-use super::{LinuxError, signals};
+use super::{LinuxError, LinuxGuest, signals};
 
 /// Ctrl-], which leaves the console as it leaves telnet.
 const LEAVE: u8 = 0x1d;
@@ -25,11 +23,8 @@ const SHELL: &str = "vmem stty echo onlcr </dev/console; PS1='guest# ' setsid ct
 const END: u8 = 4;
 
 /// Passes bytes between terminal and console until the guest ends or the person leaves.
-pub(super) fn run(
-    qemu: &mut Qemu,
-    device: &mut dyn MemoryDevice,
-    control: &Control,
-) -> Result<(), LinuxError> {
+pub(super) fn run(guest: &mut LinuxGuest, control: &Control) -> Result<(), LinuxError> {
+    let LinuxGuest { qemu, device } = guest;
     qemu.console.send(SHELL.as_bytes())?;
     let _raw = RawTerminal::enter().map_err(LinuxError::file("/dev/stdin"))?;
     let mut input = Some(read_input());

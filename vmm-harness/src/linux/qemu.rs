@@ -66,7 +66,7 @@ impl Qemu {
     pub(super) fn start(
         provision: &Provision,
         setup: &Setup,
-        device: &dyn MemoryDevice,
+        device: &mut dyn MemoryDevice,
         progress: &mut Progress,
     ) -> Result<Self, LinuxError> {
         let dir = tempfile::Builder::new().prefix("vmem-").tempdir();
@@ -102,13 +102,14 @@ impl Qemu {
             .arg("-initrd")
             .arg(&initrd);
         command.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 quiet vmem.online={}",
-            setup.online
+            "console=ttyS0 panic=-1 quiet vmem.online={} {}",
+            setup.online,
+            device.kernel_options(setup)
         ));
         command
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()));
-        command.args(device.qemu_options(setup));
+        command.args(device.qemu_options(setup, dir.path())?);
         let mut phase = progress.phase("boot");
         let (mut process, input, output) = Process::spawn(command, dir)?;
         let qmp = process.connect(&socket)?;

@@ -98,6 +98,12 @@ pub static SCRIPTS: &[Script] = &[
         run: requested_at_boot,
     },
     Script {
+        name: "frozen",
+        about: "requests held off by the host, and the driver that goes on when they are not any more",
+        setup: SETUP,
+        run: frozen,
+    },
+    Script {
         name: "random",
         about: "random sizes under a load of files that come, are verified, and go",
         setup: SETUP,
@@ -227,7 +233,7 @@ fn stuck_shrink(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError
 fn reboot(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError> {
     session.resize(512 * MIB)?;
     let begun = Instant::now();
-    session.qemu.system_reset()?;
+    session.guest.qemu.system_reset()?;
     // The reset has unplugged everything; the driver plugs what is still requested.
     session.settled("system reset", 512 * MIB, begun)?;
     let left = session.driver_says("unplugging all memory is required")?;
@@ -251,7 +257,7 @@ fn rebind(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError> {
         format!("the driver went and said {said:?} of the memory it leaves")
     })?;
     // A module stays even if no device takes it; the driver refuses the device.
-    let inserted = session.qemu.console.try_run(INSERT, LONG)?;
+    let inserted = session.guest.qemu.console.try_run(INSERT, LONG)?;
     let refused = session.driver_says("reloading the driver is not supported")?;
     check(refused.len() == 1, || {
         format!("the driver came back ({inserted:?}) and said {refused:?}")
@@ -281,6 +287,25 @@ fn big_block(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError> {
 fn requested_at_boot(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError> {
     session.settled("requested before boot", 512 * MIB, Instant::now())?;
     session.resize(1024 * MIB)?;
+    session.resize(0)
+}
+
+fn frozen(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError> {
+    session.resize(256 * MIB)?;
+    for target in [512, 128] {
+        let before = session.status()?.plugged;
+        session.guest.device.set_frozen(true)?;
+        let begun = Instant::now();
+        session.request(target * MIB)?;
+        let status = session.unchanged(STILL)?;
+        check(status.plugged == before, || {
+            format!("frozen at {before:#x}, the device has {status:?}")
+        })?;
+        session.note(&format!("resize to {target} MiB while frozen"), begun)?;
+        let begun = Instant::now();
+        session.guest.device.set_frozen(false)?;
+        session.settled("thaw", target * MIB, begun)?;
+    }
     session.resize(0)
 }
 

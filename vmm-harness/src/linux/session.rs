@@ -4,11 +4,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::LinuxError;
-use super::device::{DeviceStatus, MemoryDevice};
+use super::device::DeviceStatus;
 use super::facts::{self, Facts};
-use super::qemu::Qemu;
-use super::signals;
+use super::{LinuxError, LinuxGuest, signals};
 use crate::demo::size;
 
 /// Far longer than any single step takes, even where the kernel waits 50 seconds before it tries again.
@@ -43,22 +41,16 @@ pub struct LinuxStep {
 
 /// A run of a script.
 pub(super) struct Session<'a> {
-    pub(super) qemu: Qemu,
-    pub(super) device: Box<dyn MemoryDevice>,
+    pub(super) guest: LinuxGuest,
     /// Told of each step.
     show: &'a mut dyn FnMut(&LinuxStep),
     steps: Vec<LinuxStep>,
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(
-        qemu: Qemu,
-        device: Box<dyn MemoryDevice>,
-        show: &'a mut dyn FnMut(&LinuxStep),
-    ) -> Self {
+    pub(super) fn new(guest: LinuxGuest, show: &'a mut dyn FnMut(&LinuxStep)) -> Self {
         Self {
-            qemu,
-            device,
+            guest,
             show,
             steps: Vec::new(),
         }
@@ -75,7 +67,7 @@ impl<'a> Session<'a> {
 
     /// Runs a command in the guest that must succeed.
     pub(super) fn run(&mut self, command: &str) -> Result<String, LinuxError> {
-        self.qemu.console.run(command, LONG)
+        self.guest.qemu.console.run(command, LONG)
     }
 
     /// What the kernel has said of the driver that contains `text`.
@@ -89,15 +81,15 @@ impl<'a> Session<'a> {
     }
 
     pub(super) fn status(&mut self) -> Result<DeviceStatus, LinuxError> {
-        self.device.status(&mut self.qemu.qmp)
+        self.guest.device.status(&mut self.guest.qemu.qmp)
     }
 
     pub(super) fn request(&mut self, bytes: u64) -> Result<(), LinuxError> {
-        self.device.resize(&mut self.qemu.qmp, bytes)
+        self.guest.device.resize(&mut self.guest.qemu.qmp, bytes)
     }
 
     pub(super) fn resident_bytes(&mut self) -> Result<u64, LinuxError> {
-        self.device.resident_bytes(self.qemu.pid())
+        self.guest.device.resident_bytes(self.guest.qemu.pid())
     }
 
     pub(super) fn facts(&mut self) -> Result<Facts, LinuxError> {
