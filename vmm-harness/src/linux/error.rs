@@ -94,6 +94,20 @@ pub enum LinuxError {
 }
 
 impl LinuxError {
+    /// Whether kernel, QEMU and shell are not to be had here.
+    #[must_use]
+    pub fn is_about_packages(&self) -> bool {
+        matches!(
+            self,
+            Self::Architecture(_)
+                | Self::Tool { .. }
+                | Self::NoMirror { .. }
+                | Self::Packages { .. }
+                | Self::NoPackage { .. }
+                | Self::NotInPackage { .. }
+        )
+    }
+
     /// Names the file in an error about it.
     pub(super) fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();

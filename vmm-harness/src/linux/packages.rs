@@ -237,8 +237,8 @@ fn keep_kernel(root: &Path, packages: &[String]) -> Result<(), LinuxError> {
                 .is_some_and(wanted)
         })
     };
-    let vmlinuz = find(&|name| name.starts_with("vmlinuz-")).ok_or_else(|| missing("vmlinuz"))?;
-    fs::copy(vmlinuz, root.join("vmlinuz")).map_err(LinuxError::file(vmlinuz))?;
+    let vmlinuz = find(&|name| name == "vmlinuz" || name.starts_with("vmlinuz-"))
+        .ok_or_else(|| missing("vmlinuz"))?;
     for module in MODULES {
         let (plain, xz) = (format!("{module}.ko"), format!("{module}.ko.xz"));
         let Some(path) = find(&|name| name == plain || name == xz) else {
@@ -257,6 +257,7 @@ fn keep_kernel(root: &Path, packages: &[String]) -> Result<(), LinuxError> {
     if !root.join("virtio_mem.ko").exists() {
         return Err(missing("virtio_mem.ko"));
     }
+    fs::rename(vmlinuz, root.join("vmlinuz")).map_err(LinuxError::file(vmlinuz))?;
     for unpacked in ["boot", "lib", "usr"].map(|name| root.join(name)) {
         match fs::remove_dir_all(&unpacked) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -308,25 +309,31 @@ mod tests {
 
     #[test]
     fn of_a_kernel_the_image_and_the_modules_are_kept() {
-        let dir = tempfile::tempdir().unwrap();
-        let (boot, drivers) = (
-            dir.path().join("boot"),
-            dir.path().join("lib/modules/6/kernel/drivers/virtio"),
-        );
-        fs::create_dir_all(&boot).unwrap();
-        fs::create_dir_all(&drivers).unwrap();
-        fs::write(boot.join("vmlinuz-6"), "image").unwrap();
-        let names = ["linux-image-6".to_owned()];
-        let error = keep_kernel(dir.path(), &names).unwrap_err().to_string();
-        assert_eq!(error, "virtio_mem.ko is not in the package linux-image-6");
+        // Where the image is, up to Linux 6 and after.
+        for image in ["boot/vmlinuz-6", "usr/lib/modules/7/vmlinuz"] {
+            let dir = tempfile::tempdir().unwrap();
+            let put = |path: &str, text: &str| {
+                let path = dir.path().join(path);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, text).unwrap();
+            };
+            put(image, "image");
+            let names = ["linux-image".to_owned()];
+            let error = keep_kernel(dir.path(), &names).unwrap_err().to_string();
+            assert_eq!(error, "virtio_mem.ko is not in the package linux-image");
 
-        fs::write(drivers.join("virtio_mem.ko"), "module").unwrap();
-        keep_kernel(dir.path(), &names).unwrap();
-        let mut left: Vec<_> = fs::read_dir(dir.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name())
-            .collect();
-        left.sort();
-        assert_eq!(left, ["virtio_mem.ko", "vmlinuz"]);
+            put(
+                "lib/modules/6/kernel/drivers/virtio/virtio_mem.ko",
+                "module",
+            );
+            keep_kernel(dir.path(), &names).unwrap();
+            let mut left: Vec<_> = fs::read_dir(dir.path())
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name())
+                .collect();
+            left.sort();
+            assert_eq!(left, ["virtio_mem.ko", "vmlinuz"]);
+            assert_eq!(fs::read(dir.path().join("vmlinuz")).unwrap(), b"image");
+        }
     }
 }
