@@ -111,6 +111,10 @@ fn remove_dir_if_there(path: &Path) -> Result<(), LinuxError> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::thread;
+    use std::time::Duration;
+
     use super::*;
 
     fn scratch() -> (tempfile::TempDir, Cache) {
@@ -149,17 +153,24 @@ mod tests {
     #[test]
     fn two_that_want_the_same_make_it_once() {
         let (_dir, cache) = scratch();
-        let count = std::sync::atomic::AtomicU32::new(0);
-        std::thread::scope(|scope| {
+        let (begun, made) = (AtomicU32::new(0), AtomicU32::new(0));
+        thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
-                    cache.get_or_make("a", &mut Progress::silent(), |_, _| {
-                        count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    begun.fetch_add(1, Ordering::Relaxed);
+                    let path = cache.get_or_make("a", &mut Progress::silent(), |_, _| {
+                        made.fetch_add(1, Ordering::Relaxed);
+                        // It takes long enough for the others to want it, too.
+                        while begun.load(Ordering::Relaxed) < 4 {
+                            thread::yield_now();
+                        }
+                        thread::sleep(Duration::from_millis(50));
                         Ok(())
-                    })
+                    });
+                    assert!(path.unwrap().is_dir());
                 });
             }
         });
-        assert_eq!(count.into_inner(), 1);
+        assert_eq!(made.into_inner(), 1);
     }
 }
