@@ -36,28 +36,27 @@ fn on_both_devices(script: &str) -> Option<[Vec<LinuxStep>; 2]> {
     Some([run(DeviceKind::Qemu)?, run(DeviceKind::Ours)?])
 }
 
-/// What device and guest make of each step, without what the host and its clock make of it.
-fn facts(steps: &[LinuxStep]) -> Vec<(&str, u64, u64, u64, usize, u64)> {
-    let facts = |step| {
-        let LinuxStep {
-            what,
-            requested,
-            plugged,
-            mem_total,
-            memory_blocks,
-            system_ram,
-            ..
-        } = step;
-        (
-            what.as_str(),
-            *requested,
-            *plugged,
-            *mem_total,
-            *memory_blocks,
-            *system_ram,
-        )
-    };
-    steps.iter().map(facts).collect()
+/// What device and guest make of a step, without what the host and its clock make of it.
+#[derive(Debug, PartialEq, Eq)]
+struct Facts<'a> {
+    what: &'a str,
+    /// Requested, plugged, `MemTotal`, System RAM.
+    sizes: [u64; 4],
+    memory_blocks: usize,
+}
+
+fn facts(steps: &[LinuxStep]) -> Vec<Facts<'_>> {
+    let facts = steps.iter().map(|step| Facts {
+        what: &step.what,
+        sizes: [
+            step.requested,
+            step.plugged,
+            step.mem_total,
+            step.system_ram,
+        ],
+        memory_blocks: step.memory_blocks,
+    });
+    facts.collect()
 }
 
 #[test]

@@ -46,10 +46,10 @@ impl Facts {
             let words: Vec<_> = line.split_whitespace().collect();
             match words[..] {
                 ["/proc/meminfo:MemTotal:", kib, "kB"] => {
-                    facts.mem_total = kib.parse::<u64>().ok()? << 10
+                    facts.mem_total = kib.parse::<u64>().ok()? << 10;
                 }
                 ["/boot-meminfo:MemTotal:", kib, "kB"] => {
-                    facts.boot_mem_total = kib.parse::<u64>().ok()? << 10
+                    facts.boot_mem_total = kib.parse::<u64>().ok()? << 10;
                 }
                 ["block_size", size] => facts.block_size = u64::from_str_radix(size, 16).ok()?,
                 ["boot", name] => at_boot.push(block(name)?),
