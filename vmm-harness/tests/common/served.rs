@@ -43,6 +43,7 @@ pub(crate) struct Holdings {
     /// The kind of each descriptor, ordered.
     descriptors: Vec<String>,
     threads: usize,
+    /// Shared ones: what is private is the server's own, and comes and goes with its heap.
     mappings: usize,
 }
 
@@ -76,9 +77,6 @@ impl Served {
             "16M",
         ];
         let mut child = vmem_serve(socket, &args)
-            // What a backtrace maps, and a thread that allocates for the first time, is no client's.
-            .env("RUST_BACKTRACE", "0")
-            .env("MALLOC_ARENA_MAX", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -137,7 +135,7 @@ impl Served {
         Holdings {
             descriptors,
             threads: entries("task").count(),
-            mappings: maps.lines().count(),
+            mappings: maps.lines().filter(|line| is_shared(line)).count(),
         }
     }
 
@@ -157,6 +155,11 @@ impl Drop for Served {
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.socket);
     }
+}
+
+/// Whether a line of `/proc/…/maps` is a shared mapping: `7f00-7f10 rw-s …`.
+fn is_shared(line: &str) -> bool {
+    line.split(' ').nth(1).unwrap().ends_with('s')
 }
 
 /// The memory of a machine: RAM at 0 and the device's region, in one file.
