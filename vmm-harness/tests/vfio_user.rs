@@ -22,8 +22,8 @@ use vmm_harness::layout::REGION_START;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use served::{
-    BLOCK, CONNECT, DEVICE, Guest, ISR, MIB, RAM, REGION, Served, eventfd, is_signalled, signalled,
-    socket_path, span, vmem_serve,
+    BLOCK, CONNECT, DEVICE, Guest, ISR, MIB, RAM, REGION, Served, eventfd, is_signalled, refused,
+    signalled, socket_path, span,
 };
 
 const ACK: u16 = 0;
@@ -535,9 +535,8 @@ fn accesses_outside_the_regions_are_refused() {
 #[test]
 fn second_server_at_a_live_socket_says_so_and_leaves_it_alone() {
     let mut served = Served::start();
-    let output = vmem_serve(&served.socket, &[]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let error = String::from_utf8(output.stderr).unwrap();
+    let (code, error) = refused(&served.socket, &[]);
+    assert_eq!(code, Some(1));
     assert!(
         error.contains("is in use: a server answers there"),
         "{error}"
@@ -587,9 +586,8 @@ fn wrong_options_are_told_before_there_is_a_socket() {
         (["--region-size", "1M"], "memory device"),
     ] {
         let socket = socket_path();
-        let output = vmem_serve(&socket, &args).output().unwrap();
-        assert_eq!(output.status.code(), Some(2), "{args:?}");
-        let said = String::from_utf8(output.stderr).unwrap();
+        let (code, said) = refused(&socket, &args);
+        assert_eq!(code, Some(2), "{args:?}");
         assert!(said.contains(error), "{said}");
         assert!(!socket.exists());
     }

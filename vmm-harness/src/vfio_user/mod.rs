@@ -54,6 +54,9 @@ pub enum ServerError {
     /// Nobody can connect any more.
     #[error("cannot accept a connection")]
     Accept(#[source] io::Error),
+    /// A fault of its own.
+    #[error("the server panicked")]
+    Panicked,
 }
 
 /// Serves one device to one client after another.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -55,10 +55,21 @@ pub(crate) fn socket_path() -> PathBuf {
     std::env::temp_dir().join(name)
 }
 
-pub(crate) fn vmem_serve(socket: &Path, args: &[&str]) -> Command {
+fn vmem_serve(socket: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmem"));
     command.arg("serve").arg("--socket").arg(socket).args(args);
     command
+}
+
+/// Exit code and standard error of a server that should not start. One that does is told to quit at once.
+pub(crate) fn refused(socket: &Path, args: &[&str]) -> (Option<i32>, String) {
+    let (quit, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(b"quit\n").unwrap();
+    let output = vmem_serve(socket, args).stdin(quit).output().unwrap();
+    (
+        output.status.code(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
 }
 
 impl Served {
@@ -94,6 +105,7 @@ impl Served {
     }
 
     fn answer(&mut self) -> Value {
+        assert!(is_readable(self.answers.get_ref(), 60), "no answer");
         let mut line = String::new();
         self.answers.read_line(&mut line).unwrap();
         serde_json::from_str(&line).unwrap()
@@ -375,11 +387,14 @@ pub(crate) fn is_signalled(eventfd: &File) -> bool {
 }
 
 fn take_signal(mut eventfd: &File, seconds: i64) -> bool {
-    let mut poll = [PollFd::new(eventfd, PollFlags::IN)];
+    is_readable(eventfd, seconds) && eventfd.read_exact(&mut [0; 8]).is_ok()
+}
+
+fn is_readable(fd: &impl AsFd, seconds: i64) -> bool {
+    let mut poll = [PollFd::new(fd, PollFlags::IN)];
     let timeout = Timespec {
         tv_sec: seconds,
         tv_nsec: 0,
     };
-    let ready = rustix::event::poll(&mut poll, Some(&timeout)).unwrap() == 1;
-    ready && eventfd.read_exact(&mut [0; 8]).is_ok()
+    rustix::event::poll(&mut poll, Some(&timeout)).unwrap() == 1
 }
