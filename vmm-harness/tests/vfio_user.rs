@@ -299,6 +299,28 @@ fn memory_that_is_taken_away_is_not_touched_and_comes_back() {
     assert_eq!(served.plugged(), BLOCK);
 }
 
+#[test]
+fn queue_reaches_plugged_blocks_while_the_region_is_there() {
+    let mut served = Served::start();
+    let mut guest = Guest::connect(&served);
+    guest.start_driver();
+    assert_eq!(guest.plug(0, 1), ACK);
+    let answer = u64::from(ERROR);
+    let request = Request::Plug(span(0, 1));
+    assert_eq!(guest.request_answered_in(request, 0), (10, answer));
+    assert_eq!(guest.request_answered_in(request, 1), (0, 0), "not plugged");
+    // The block stays plugged; without its memory an answer there would be the end of the server.
+    guest.client.dma_unmap(REGION_START, REGION).unwrap();
+    assert_eq!(guest.request_answered_in(request, 0), (0, answer));
+    guest.map(RAM, REGION_START, REGION / 2);
+    assert_eq!(guest.request_answered_in(request, 0), (0, answer));
+    guest.map(RAM + REGION / 2, REGION_START + REGION / 2, REGION / 2);
+    guest.fill(0, 1);
+    assert_ne!(guest.mark(0), answer);
+    assert_eq!(guest.request_answered_in(request, 0).0, 10);
+    assert_eq!(served.plugged(), BLOCK);
+}
+
 // What clients get that do not behave.
 
 #[test]

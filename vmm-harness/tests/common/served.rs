@@ -333,6 +333,25 @@ impl Guest {
         self.write(NOTIFY, 0, &0u16.to_le_bytes());
     }
 
+    /// Sends a request with room for its answer in block `block`; the bytes written there, and the first of them.
+    pub(crate) fn request_answered_in(&mut self, request: Request, block: u64) -> (u32, u64) {
+        let index = self.sent;
+        ring::add(&self.memory.view, index, request);
+        let buffer = GuestAddress(ring::DESCRIPTORS + 16);
+        let block = REGION_START + block * BLOCK;
+        self.memory.view.write_obj(block, buffer).unwrap();
+        self.sent += 1;
+        self.write(NOTIFY, 0, &0u16.to_le_bytes());
+        assert!(signalled(&self.vectors[1]));
+        let used = ring::USED + 4 + u64::from(index % ring::SIZE) * 8;
+        let read = |at| self.memory.view.read_obj(GuestAddress(at)).unwrap();
+        let [_, written]: [u32; 2] = [read(used), read(used + 4)];
+        (
+            written,
+            self.memory.view.read_obj(GuestAddress(block)).unwrap(),
+        )
+    }
+
     /// Sends a request; type and state of its answer, once the queue's vector has been signalled.
     pub(crate) fn request(&mut self, request: Request) -> (u16, u16) {
         self.send(request);
