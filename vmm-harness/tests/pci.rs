@@ -168,7 +168,8 @@ impl Rig {
     /// The virtio capability of type `cfg_type`, found as a driver does (4.1.4).
     fn capability(&self, cfg_type: u8) -> Capability {
         let [mut at] = self.config(0x34);
-        while at != 0 {
+        loop {
+            assert_ne!(at, 0, "no capability of type {cfg_type}");
             let [id, next, _, found, bar] = self.config(at.into());
             if (id, found) == (0x09, cfg_type) {
                 let at = u64::from(at);
@@ -181,7 +182,6 @@ impl Rig {
             }
             at = next;
         }
-        panic!("no capability of type {cfg_type}");
     }
 
     fn read_at(&self, area: Capability, offset: u64, width: usize) -> u64 {

@@ -22,8 +22,8 @@ use vmm_harness::layout::REGION_START;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use served::{
-    BLOCK, CONNECT, DEVICE, Guest, ISR, MIB, RAM, REGION, Served, eventfd, is_signalled, signalled,
-    socket_path, span, vmem_serve,
+    BLOCK, CONNECT, DEVICE, Guest, ISR, MIB, RAM, REGION, Served, eventfd, is_signalled, refused,
+    signalled, socket_path, span,
 };
 
 const ACK: u16 = 0;
@@ -208,8 +208,7 @@ fn interrupt_line_is_masked_with_each_signal_until_the_client_has_seen_to_it() {
 #[test]
 fn clients_come_one_after_another_and_leave_nothing() {
     let mut served = Served::start();
-    // The first one makes the server's heap what it will be.
-    drop(Guest::connect(&served));
+    works(&mut served);
     let before = served.holdings();
     for _ in 0..5 {
         let mut guest = Guest::connect(&served);
@@ -300,12 +299,34 @@ fn memory_that_is_taken_away_is_not_touched_and_comes_back() {
     assert_eq!(served.plugged(), BLOCK);
 }
 
+#[test]
+fn queue_reaches_plugged_blocks_while_the_region_is_there() {
+    let mut served = Served::start();
+    let mut guest = Guest::connect(&served);
+    guest.start_driver();
+    assert_eq!(guest.plug(0, 1), ACK);
+    let answer = u64::from(ERROR);
+    let request = Request::Plug(span(0, 1));
+    assert_eq!(guest.request_answered_in(request, 0), (10, answer));
+    assert_eq!(guest.request_answered_in(request, 1), (0, 0), "not plugged");
+    // The block stays plugged; without its memory an answer there would be the end of the server.
+    guest.client.dma_unmap(REGION_START, REGION).unwrap();
+    assert_eq!(guest.request_answered_in(request, 0), (0, answer));
+    guest.map(RAM, REGION_START, REGION / 2);
+    assert_eq!(guest.request_answered_in(request, 0), (0, answer));
+    guest.map(RAM + REGION / 2, REGION_START + REGION / 2, REGION / 2);
+    guest.fill(0, 1);
+    assert_ne!(guest.mark(0), answer);
+    assert_eq!(guest.request_answered_in(request, 0).0, 10);
+    assert_eq!(served.plugged(), BLOCK);
+}
+
 // What clients get that do not behave.
 
 #[test]
 fn client_that_goes_in_mid_request_leaves_nothing() {
     let mut served = Served::start();
-    drop(Guest::connect(&served));
+    works(&mut served);
     let before = served.holdings();
     for _ in 0..10 {
         // With a request the device is at.
@@ -330,7 +351,7 @@ fn client_that_goes_in_mid_request_leaves_nothing() {
 #[test]
 fn garbage_is_an_error_or_the_end_of_the_connection() {
     let mut served = Served::start();
-    drop(Guest::connect(&served));
+    works(&mut served);
     let before = served.holdings();
     // Versions the crate panics over.
     let version = [0, 0, 1, 0];
@@ -384,7 +405,7 @@ fn garbage_is_an_error_or_the_end_of_the_connection() {
 #[test]
 fn maps_that_cannot_be_are_refused_one_by_one() {
     let mut served = Served::start();
-    drop(Guest::connect(&served));
+    works(&mut served);
     let before = served.holdings();
     let mut raw = Raw::connect(&served);
     let memory = served::GuestMemory::new();
@@ -439,7 +460,7 @@ fn maps_that_cannot_be_are_refused_one_by_one() {
 #[test]
 fn interrupts_that_cannot_be_are_refused_and_odd_ones_do_not_block() {
     let mut served = Served::start();
-    drop(Guest::connect(&served));
+    works(&mut served);
     let before = served.holdings();
     let mut raw = Raw::connect(&served);
     let event = eventfd();
@@ -536,9 +557,8 @@ fn accesses_outside_the_regions_are_refused() {
 #[test]
 fn second_server_at_a_live_socket_says_so_and_leaves_it_alone() {
     let mut served = Served::start();
-    let output = vmem_serve(&served.socket, &[]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let error = String::from_utf8(output.stderr).unwrap();
+    let (code, error) = refused(&served.socket, &[]);
+    assert_eq!(code, Some(1));
     assert!(
         error.contains("is in use: a server answers there"),
         "{error}"
@@ -588,15 +608,14 @@ fn wrong_options_are_told_before_there_is_a_socket() {
         (["--region-size", "1M"], "memory device"),
     ] {
         let socket = socket_path();
-        let output = vmem_serve(&socket, &args).output().unwrap();
-        assert_eq!(output.status.code(), Some(2), "{args:?}");
-        let said = String::from_utf8(output.stderr).unwrap();
+        let (code, said) = refused(&socket, &args);
+        assert_eq!(code, Some(2), "{args:?}");
         assert!(said.contains(error), "{said}");
         assert!(!socket.exists());
     }
 }
 
-/// A whole round with a client that behaves.
+/// A whole round with a client that behaves. Each thread of the server has done something afterwards.
 fn works(served: &mut Served) {
     let mut guest = Guest::connect(served);
     guest.start_driver();

@@ -3,6 +3,7 @@
 pub mod control;
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel};
@@ -110,11 +111,15 @@ pub fn run(
     };
     let failures = events.clone();
     let serve = move || {
-        let error = loop {
-            if let Err(error) = server.serve_client() {
-                break error;
+        let forever = AssertUnwindSafe(|| {
+            loop {
+                if let Err(error) = server.serve_client() {
+                    break error;
+                }
             }
-        };
+        });
+        // A process that serves nobody any more must not keep clients waiting.
+        let error = catch_unwind(forever).unwrap_or(ServerError::Panicked);
         // If nobody receives it the process is at its end.
         let _ = failures.send(Event::Failed(error));
     };

@@ -53,7 +53,6 @@ pub(super) struct TransportCore<M, I> {
 }
 
 /// What the driver has written since the last reset.
-#[derive(Debug)]
 struct Written<M> {
     device_feature_select: u32,
     driver_feature_select: u32,
@@ -78,7 +77,6 @@ impl<M> Default for Written<M> {
 }
 
 /// Where the handler of the queue is.
-#[derive(Debug)]
 enum Handler<M> {
     /// In the event loop.
     Subscribed(SubscriberId),
@@ -395,11 +393,11 @@ impl<M, I> TransportCore<M, I> {
     }
 }
 
-impl<M: fmt::Debug, I: fmt::Debug> fmt::Debug for TransportCore<M, I> {
+impl<M, I: fmt::Debug> fmt::Debug for TransportCore<M, I> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TransportCore")
             .field("status", &self.status())
-            .field("driver", &*self.driver())
+            .field("queue", &self.driver().queue)
             .field("interrupt", &self.interrupt)
             .finish_non_exhaustive()
     }

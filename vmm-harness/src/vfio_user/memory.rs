@@ -18,8 +18,9 @@ pub(super) type Space = GuestMemoryAtomic<GuestRegionCollection<MemoryRegion>>;
 
 /// The DMA maps of a client.
 ///
-/// What lies in the device's region becomes its backing, the rest memory that the queue may be in. The region can be
-/// reached only if all of it is mapped. Maps without a file, and such that may not be written, are remembered and not used.
+/// What lies in the device's region becomes its backing, the rest memory that the queue may be in. The region can
+/// be reached only if all of it is mapped. Maps without a file, and such that may not be written, are remembered and
+/// not used.
 #[derive(Debug)]
 pub(super) struct ClientMemory {
     space: Space,
@@ -57,8 +58,8 @@ impl ClientMemory {
         &self.space
     }
 
-    /// DMA_MAP of `size` bytes at guest-physical `address`. `file` is the memory, from `offset` on, if the device may use
-    /// it.
+    /// DMA_MAP of `size` bytes at guest-physical `address`. `file` is the memory and where it begins there, if the
+    /// device may use it.
     pub(super) fn map(
         &mut self,
         address: u64,

@@ -1,8 +1,8 @@
 //! The memory device as a process of its own: a whole PCI device behind vfio-user.
 //!
-//! A VMM that speaks vfio-user (QEMU, Cloud Hypervisor) connects to a socket, hands over the guest's memory as files,
-//! and carries the guest's register accesses; the device answers them, serves the queue in that memory, and signals
-//! eventfds. Nothing has to be linked into the VMM.
+//! A VMM that speaks vfio-user (QEMU, Cloud Hypervisor) connects to a socket, hands over the guest's memory as
+//! files, and carries the guest's register accesses; the device answers them, serves the queue in that memory, and
+//! signals eventfds. Nothing has to be linked into the VMM.
 //!
 //! | file | what |
 //! |---|---|
@@ -12,8 +12,8 @@
 //! | `irqs.rs` | the client's eventfds |
 //!
 //! The protocol itself is that of the crate `vfio_user`, whose limits are these: one client at a time, no access to
-//! memory that is not given as a file (DMA_READ, DMA_WRITE), no ioeventfds, no dirty tracking, and a client that sends a
-//! malformed VERSION ends in a panic, which is caught here and ends its connection.
+//! memory that is not given as a file (DMA_READ, DMA_WRITE), no ioeventfds, no dirty tracking, and a client that sends
+//! a malformed VERSION ends in a panic, which is caught here and ends its connection.
 
 mod irqs;
 mod memory;
@@ -54,6 +54,9 @@ pub enum ServerError {
     /// Nobody can connect any more.
     #[error("cannot accept a connection")]
     Accept(#[source] io::Error),
+    /// A fault of its own.
+    #[error("the server panicked")]
+    Panicked,
 }
 
 /// Serves one device to one client after another.

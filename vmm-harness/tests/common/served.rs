@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -43,6 +43,7 @@ pub(crate) struct Holdings {
     /// The kind of each descriptor, ordered.
     descriptors: Vec<String>,
     threads: usize,
+    /// Shared ones: what is private is the server's own, and comes and goes with its heap.
     mappings: usize,
 }
 
@@ -54,10 +55,21 @@ pub(crate) fn socket_path() -> PathBuf {
     std::env::temp_dir().join(name)
 }
 
-pub(crate) fn vmem_serve(socket: &Path, args: &[&str]) -> Command {
+fn vmem_serve(socket: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vmem"));
     command.arg("serve").arg("--socket").arg(socket).args(args);
     command
+}
+
+/// Exit code and standard error of a server that should not start. One that does is told to quit at once.
+pub(crate) fn refused(socket: &Path, args: &[&str]) -> (Option<i32>, String) {
+    let (quit, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(b"quit\n").unwrap();
+    let output = vmem_serve(socket, args).stdin(quit).output().unwrap();
+    (
+        output.status.code(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
 }
 
 impl Served {
@@ -76,9 +88,6 @@ impl Served {
             "16M",
         ];
         let mut child = vmem_serve(socket, &args)
-            // What a backtrace maps, and a thread that allocates for the first time, is no client's.
-            .env("RUST_BACKTRACE", "0")
-            .env("MALLOC_ARENA_MAX", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -96,6 +105,7 @@ impl Served {
     }
 
     fn answer(&mut self) -> Value {
+        assert!(is_readable(self.answers.get_ref(), 60), "no answer");
         let mut line = String::new();
         self.answers.read_line(&mut line).unwrap();
         serde_json::from_str(&line).unwrap()
@@ -137,7 +147,7 @@ impl Served {
         Holdings {
             descriptors,
             threads: entries("task").count(),
-            mappings: maps.lines().count(),
+            mappings: maps.lines().filter(|line| is_shared(line)).count(),
         }
     }
 
@@ -157,6 +167,11 @@ impl Drop for Served {
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.socket);
     }
+}
+
+/// Whether a line of `/proc/…/maps` is a shared mapping: `7f00-7f10 rw-s …`.
+fn is_shared(line: &str) -> bool {
+    line.split(' ').nth(1).unwrap().ends_with('s')
 }
 
 /// The memory of a machine: RAM at 0 and the device's region, in one file.
@@ -318,6 +333,25 @@ impl Guest {
         self.write(NOTIFY, 0, &0u16.to_le_bytes());
     }
 
+    /// Sends a request with room for its answer in block `block`; the bytes written there, and the first of them.
+    pub(crate) fn request_answered_in(&mut self, request: Request, block: u64) -> (u32, u64) {
+        let index = self.sent;
+        ring::add(&self.memory.view, index, request);
+        let buffer = GuestAddress(ring::DESCRIPTORS + 16);
+        let block = REGION_START + block * BLOCK;
+        self.memory.view.write_obj(block, buffer).unwrap();
+        self.sent += 1;
+        self.write(NOTIFY, 0, &0u16.to_le_bytes());
+        assert!(signalled(&self.vectors[1]));
+        let used = ring::USED + 4 + u64::from(index % ring::SIZE) * 8;
+        let read = |at| self.memory.view.read_obj(GuestAddress(at)).unwrap();
+        let [_, written]: [u32; 2] = [read(used), read(used + 4)];
+        (
+            written,
+            self.memory.view.read_obj(GuestAddress(block)).unwrap(),
+        )
+    }
+
     /// Sends a request; type and state of its answer, once the queue's vector has been signalled.
     pub(crate) fn request(&mut self, request: Request) -> (u16, u16) {
         self.send(request);
@@ -372,11 +406,14 @@ pub(crate) fn is_signalled(eventfd: &File) -> bool {
 }
 
 fn take_signal(mut eventfd: &File, seconds: i64) -> bool {
-    let mut poll = [PollFd::new(eventfd, PollFlags::IN)];
+    is_readable(eventfd, seconds) && eventfd.read_exact(&mut [0; 8]).is_ok()
+}
+
+fn is_readable(fd: &impl AsFd, seconds: i64) -> bool {
+    let mut poll = [PollFd::new(fd, PollFlags::IN)];
     let timeout = Timespec {
         tv_sec: seconds,
         tv_nsec: 0,
     };
-    let ready = rustix::event::poll(&mut poll, Some(&timeout)).unwrap() == 1;
-    ready && eventfd.read_exact(&mut [0; 8]).is_ok()
+    rustix::event::poll(&mut poll, Some(&timeout)).unwrap() == 1
 }

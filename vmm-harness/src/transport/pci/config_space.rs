@@ -119,8 +119,7 @@ impl ConfigSpace {
     /// Copies from `offset` on; 0 beyond the end. `interrupt` is Interrupt Status of the status register.
     pub(super) fn read(&self, offset: u64, data: &mut [u8], interrupt: bool) {
         data.fill(0);
-        for (at, byte) in (offset..).zip(data) {
-            let at = usize::try_from(at).unwrap_or(usize::MAX);
+        for (at, byte) in positions(offset).zip(data) {
             *byte = self.bytes.get(at).copied().unwrap_or(0);
             if at == STATUS && interrupt {
                 *byte |= STATUS_INTERRUPT;
@@ -130,8 +129,7 @@ impl ConfigSpace {
 
     /// Changes the bits that may be changed.
     pub(super) fn write(&mut self, offset: u64, data: &[u8]) {
-        for (at, new) in (offset..).zip(data) {
-            let at = usize::try_from(at).unwrap_or(usize::MAX);
+        for (at, new) in positions(offset).zip(data) {
             if let (Some(byte), Some(mask)) = (self.bytes.get_mut(at), self.writable.get(at)) {
                 *byte = *byte & !mask | new & mask;
             }
@@ -187,6 +185,11 @@ impl ConfigSpace {
             *at = *mask;
         }
     }
+}
+
+/// The positions from `offset` on, to the end of the space.
+fn positions(offset: u64) -> std::ops::Range<usize> {
+    usize::try_from(offset).unwrap_or(SIZE).min(SIZE)..SIZE
 }
 
 /// `struct virtio_pci_cap` for an area of the register BAR, and what follows it.
