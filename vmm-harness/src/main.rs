@@ -72,7 +72,7 @@ What only the kernel knew is taken from the recording, and counted in the report
   busy places    online memory the kernel could not empty, and passed over
   given up       the kernel stopped unplugging, with online memory left to try
   retries        the driver's retry timer had run out before the next request
-A recording that claims more busy places than 4 and one for each 8 requests is a difference.
+A recording that claims more busy places than 8 and one for each 8 requests is a difference.
 RUST_LOG=vmm_harness=debug names each place.
 
 Exit codes:
@@ -250,7 +250,7 @@ enum Guest {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Policy {
-    /// The fewest requests, several in flight, retries after milliseconds
+    /// The fewest requests, several in flight, retries after 10 ms or more
     Direct,
     /// Linux's order, one request at a time, retries after 50 s or more
     Linux,

@@ -1,5 +1,6 @@
 //! The driver's place in the hotplug core: a resource, a memory group, a notifier.
 
+use alloc::sync::Arc;
 use core::fmt;
 use core::ops::Range;
 
@@ -24,6 +25,8 @@ pub(super) fn owner() -> Owner {
 #[derive(Debug)]
 pub(super) struct Attachment {
     pub(super) group: GroupId,
+    /// Keeps another driver out of the region.
+    _presence: Arc<()>,
     pub(super) watch: Watch,
     /// An earlier driver of this region has left memory behind.
     pub(super) adopted: bool,
@@ -61,6 +64,10 @@ impl Attachment {
             return Err(ProbeError::MemoryAdded { bytes });
         }
         let region = region(layout);
+        let presence = Arc::new(());
+        hotplug
+            .enter_driver(region.clone(), Arc::downgrade(&presence))
+            .map_err(ProbeError::Region)?;
         if !region.is_empty() {
             let left_behind = policy.strategy == Strategy::Direct
                 && hotplug
@@ -87,6 +94,7 @@ impl Attachment {
         })?;
         Ok(Self {
             group,
+            _presence: presence,
             watch: Watch::new(hotplug, layout),
             adopted: bytes > 0,
         })

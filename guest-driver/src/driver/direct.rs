@@ -69,11 +69,9 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             let gaps = self.with_view(hotplug, |view| self.gaps(view, may_be_added));
             Candidates::new(&gaps, Edge::Low)
         });
-        let piece = candidates.take(want.min(most)).map(|piece| {
-            let [now, later] = self.with_view(hotplug, |view| split(view, piece, budget));
-            candidates.insert(later);
-            now
-        });
+        let piece = candidates.take(want.min(most));
+        // What is cut off is not lost: without a budget candidates are made anew.
+        let piece = piece.map(|piece| self.with_view(hotplug, |view| trim(view, piece, budget)));
         self.campaign = campaign;
         match piece {
             Some(range) => {
@@ -83,7 +81,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             None if self.requests_in_flight() > 0 => return Ok(Progress::AwaitingDevice),
             None => {
                 let kept_out = !may_be_added && self.with_view(hotplug, any_absent);
-                self.wait(match kept_out {
+                self.give_up_for_now(match kept_out {
                     true => Stall::OfflineThreshold,
                     false => Stall::NoSpace,
                 });
@@ -145,6 +143,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             Some(Taking::More) => return Ok(Progress::Converging),
             Some(Taking::Taken(range)) => {
                 self.campaign.remove_end(range);
+                self.awake_since_ms = self.now_ms;
                 self.maps.taken.insert(range);
                 return Ok(Progress::Converging);
             }
@@ -317,7 +316,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             None if in_flight > 0 => Ok(Progress::AwaitingDevice),
             None => {
                 match self.policy.unplug_online {
-                    true => self.wait(Stall::MemoryInUse),
+                    true => self.give_up_for_now(Stall::MemoryInUse),
                     false => self.settle(),
                 }
                 Ok(self.resting())
@@ -339,8 +338,8 @@ fn any_absent(view: &View<'_>) -> bool {
     view.units.clone().any(absent)
 }
 
-/// Cuts a piece before the first unit that would exceed what may be added; returns both parts.
-fn split(view: &View<'_>, piece: BlockRange, budget: u64) -> [BlockRange; 2] {
+/// Cuts a piece before the first unit that would exceed what may be added.
+fn trim(view: &View<'_>, piece: BlockRange, budget: u64) -> BlockRange {
     let mut left = budget;
     let mut first = piece.first;
     while first < piece.end() {
@@ -353,9 +352,8 @@ fn split(view: &View<'_>, piece: BlockRange, budget: u64) -> [BlockRange; 2] {
         }
         first = view.layout.unit(unit).end();
     }
-    let end = first.min(piece.end());
-    [(piece.first, end), (end, piece.end())].map(|(first, end)| BlockRange {
-        first,
-        count: end - first,
-    })
+    BlockRange {
+        first: piece.first,
+        count: first.min(piece.end()) - piece.first,
+    }
 }

@@ -30,7 +30,7 @@ pub(super) const SUPPORTED: Features = Features::VERSION_1
 const RESET_READS: usize = 100_000;
 
 /// Maps of the region's blocks that exist at a time, those that steps make for themselves included.
-const MAPS: usize = 12;
+const MAPS: usize = 14;
 
 /// Why a device cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]

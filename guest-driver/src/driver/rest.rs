@@ -36,13 +36,30 @@ pub(super) const fn delays(strategy: Strategy) -> (u64, u64) {
     }
 }
 
-/// Under [`Strategy::Direct`] the driver rests at least so many times as long as it has looked in vain, up to a limit.
+/// Under [`Strategy::Direct`] the driver rests so many times as long as it has looked in vain, up to a limit.
 const REST_PER_WORK: u64 = 9;
 const REST_MAX_MS: u64 = 30_000;
 
 impl<H: Hal, T: Transport> MemDriver<H, T> {
     /// Rests for a while, or until something changes, because of `reason`.
     pub(super) fn wait(&mut self, reason: Stall) {
+        self.wait_for(reason, self.retry_delay_ms);
+    }
+
+    /// The same once everything was tried.
+    pub(super) fn give_up_for_now(&mut self, reason: Stall) {
+        // What went wrong before is overcome.
+        self.resyncs = 0;
+        let mut delay_ms = self.retry_delay_ms;
+        if self.policy.strategy == Strategy::Direct {
+            // A large guest in use from end to end takes a while to look through.
+            let spent_ms = self.now_ms.saturating_sub(self.awake_since_ms);
+            delay_ms = delay_ms.max(spent_ms.saturating_mul(REST_PER_WORK).min(REST_MAX_MS));
+        }
+        self.wait_for(reason, delay_ms);
+    }
+
+    fn wait_for(&mut self, reason: Stall, delay_ms: u64) {
         if matches!(self.rest, Rest::Waiting(_)) {
             // Several requests in flight were refused: one wait is enough.
             return;
@@ -58,19 +75,6 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             Stall::OfflineThreshold => false,
             _ => true,
         };
-        let mut delay_ms = self.retry_delay_ms;
-        if !matches!(
-            reason,
-            Stall::DeviceBusy | Stall::Refused | Stall::ConfigUnstable
-        ) {
-            // What can be done is done, so what went wrong before is overcome.
-            self.resyncs = 0;
-            if !linux {
-                // A large guest in use from end to end takes a while to look through.
-                let spent_ms = self.now_ms.saturating_sub(self.awake_since_ms);
-                delay_ms = delay_ms.max(spent_ms.saturating_mul(REST_PER_WORK).min(REST_MAX_MS));
-            }
-        }
         let retry_at_ms = timed.then(|| self.now_ms.saturating_add(delay_ms));
         // Said once, however often it is tried again.
         let level = match self.said == Some(reason) {

@@ -28,11 +28,11 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     ///
     /// A step handles one answer, sends one request, moves at most 64 pages, or adds or removes one memory
     /// block or big block. `now_ms` is any monotonic clock: after a refusal the driver waits 10 ms, and twice as long
-    /// after each further one up to a second; under [`Strategy::Linux`] 50 s up to 300 s. `hotplug` must be the
-    /// same one in every call.
+    /// after each further one up to a second; after it has looked for memory in vain, nine times as long as it has
+    /// looked, up to 30 s; under [`Strategy::Linux`] 50 s up to 300 s. `hotplug` must be the same one in every call.
     ///
-    /// To be called after [`on_interrupt`](Self::on_interrupt), when [`deadline_ms`](Self::deadline_ms) has come, and
-    /// after memory of the region has gone online or offline.
+    /// To be called after [`on_interrupt`](Self::on_interrupt), when [`deadline_ms`](Self::deadline_ms) has come,
+    /// after memory of the region has gone online or offline, and after each call that changes the driver.
     pub fn poll<M: PhysicalMemory>(&mut self, hotplug: &mut Hotplug<M>, now_ms: u64) -> Progress {
         self.now_ms = now_ms;
         let result = match self.failure {
@@ -191,8 +191,6 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
 
     /// Reads the configuration again, nothing being in flight.
     fn refresh<M: PhysicalMemory>(&mut self, hotplug: &mut Hotplug<M>) -> Result<(), Failure> {
-        // The target may be another one: decide anew what is to be emptied.
-        self.stop_emptying(hotplug);
         let config = match config::read(&self.transport, self.features) {
             Ok(config) => config,
             Err(ConfigReadError::Unstable) => {
@@ -203,13 +201,23 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             Err(error) => return Err(error.into()),
         };
         self.check(&config)?;
-        self.config = config;
-        self.pending_stall = None;
+        let old = core::mem::replace(&mut self.config, config).mutable;
         let requested_size = config.mutable.requested_size;
+        let usable_region_size = config.mutable.usable_region_size;
+        let changed =
+            (old.requested_size, old.usable_region_size) != (requested_size, usable_region_size);
+        if changed {
+            // Decide anew what is to be emptied.
+            self.stop_emptying(hotplug);
+            self.pending_stall = None;
+        }
+        // Without a change the device says that what it has refused may be asked for again.
+        if changed || self.rest != Rest::None {
+            self.end_rest();
+        }
         self.config_changed = false;
         self.usable_may_shrink = false;
         let refused = self.refused_at.take() == Some(requested_size);
-        self.end_rest();
         if refused {
             // H-1. Not for ever: the target may have been another when the device refused, and be this one
             // again by now, with all its interrupts taken already.

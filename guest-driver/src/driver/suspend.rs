@@ -79,8 +79,9 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             return Ok(());
         }
         self.stop_emptying(hotplug);
-        if self.failure.is_none() && (self.requests_in_flight() > 0 || self.maps.fresh.count() > 0)
-        {
+        // What is fresh is not known to be plugged while a scan is under way; that goes on after the suspend.
+        let fresh = self.maps.fresh.count() > 0 && self.scan.is_none();
+        if self.failure.is_none() && (self.requests_in_flight() > 0 || fresh) {
             self.phase = Phase::Freezing;
             return Err(SuspendError::Pending);
         }

@@ -63,6 +63,7 @@
 //! run inside the call, so under the lock, and cannot call back: what they want done they note, for the time after it.
 
 use alloc::collections::BTreeMap;
+use alloc::sync::Weak;
 use alloc::vec::Vec;
 use core::fmt;
 use core::ops::Range;
@@ -184,6 +185,8 @@ pub struct Hotplug<M> {
     reserved_ranges: Vec<BootRange>,
     /// ACPI's name of each node.
     proximity_domains: Vec<u32>,
+    /// Drivers of the regions of devices. A claimed resource outlives a driver that is dropped; this does not.
+    drivers: Vec<(Range<u64>, Weak<()>)>,
     groups: Groups,
     device_ranges: device_memory::DeviceRanges,
     handles: Handles,
@@ -233,6 +236,7 @@ impl<M: PhysicalMemory> Hotplug<M> {
             boot_ram: Vec::new(),
             reserved_ranges: Vec::new(),
             proximity_domains: Vec::new(),
+            drivers: Vec::new(),
             groups: Groups::default(),
             device_ranges: device_memory::DeviceRanges::default(),
             handles: Handles::default(),
@@ -281,6 +285,25 @@ impl<M: PhysicalMemory> Hotplug<M> {
         flags: ResourceFlags,
     ) -> Result<(), Error> {
         self.resources.claim(range, name, flags)
+    }
+
+    /// A driver takes charge of a region for as long as `alive` is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Busy`] if there is one in charge of a part of it.
+    pub(crate) fn enter_driver(
+        &mut self,
+        region: Range<u64>,
+        alive: Weak<()>,
+    ) -> Result<(), Error> {
+        self.drivers.retain(|(_, driver)| driver.strong_count() > 0);
+        let overlaps = |known: &Range<u64>| known.start < region.end && region.start < known.end;
+        if self.drivers.iter().any(|(known, _)| overlaps(known)) {
+            return Err(Error::Busy);
+        }
+        self.drivers.push((region, alive));
+        Ok(())
     }
 
     /// Gives a claimed range up.

@@ -149,9 +149,9 @@ impl<M: PhysicalMemory> Hotplug<M> {
         })
     }
 
-    /// The node that memory added at an address goes to, unless something else names one: that of the RAM at boot around it, which takes the
-    /// holes in one node's RAM in; else that of the first RAM firmware named, whatever else it said (Linux:
-    /// `memory_add_physaddr_to_nid`).
+    /// The node that memory added at an address goes to, unless something else names one: that of the RAM at boot around
+    /// it, which takes the holes in one node's RAM in; else that of the first RAM firmware named, whatever else it said
+    /// (Linux: `memory_add_physaddr_to_nid`).
     pub fn node_of_added(&self, address: u64) -> u32 {
         let ram = self.boot_ram.iter();
         let below = ram.clone().filter(|range| range.bytes.start <= address);

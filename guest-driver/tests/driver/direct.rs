@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use virtio_mem_driver::driver::{Policy, Progress, Stall};
-use virtio_mem_driver::hotplug::{Mobility, OnlineType};
+use virtio_mem_driver::hotplug::{Mobility, OnlineType, PageHandle};
 use virtio_mem_wire::BlockRange;
 
 use crate::support::device::Device;
@@ -309,4 +309,141 @@ fn h_10_memory_that_cannot_be_removed_is_removed_later() {
         assert_eq!(rig.run(), Progress::Settled);
         assert_eq!(rig.hotplug.blocks().count(), 0);
     }
+}
+
+/// Regression: the rest after a search in vain was taken where there was merely no room for the moment.
+#[test]
+fn guest_without_room_is_asked_again_soon_however_long_it_took() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(256 * MIB);
+    let _pages = rig.allocate(28_000, Mobility::Movable);
+    rig.device.request(64 * MIB);
+    loop {
+        rig.now_ms += 5;
+        if let Progress::Stalled {
+            retry_at_ms: Some(at),
+            ..
+        } = rig.step()
+        {
+            assert!(at - rig.now_ms <= 10, "{at} {}", rig.now_ms);
+            break;
+        }
+    }
+}
+
+/// Regression: each interrupt made the driver begin anew.
+#[test]
+fn interrupts_without_a_change_do_not_hold_it_up() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(512 * MIB);
+    rig.allocate(20_000, Mobility::Movable);
+    rig.device.request(256 * MIB);
+    let mut polls = 0;
+    while rig.driver.plugged_size() > 256 * MIB {
+        if polls % 3 == 0 {
+            rig.device.state().change_config();
+        }
+        rig.step();
+        polls += 1;
+        assert!(polls < 10_000);
+    }
+}
+
+/// All of a kernel zone in use, one page in each granule.
+fn full_of_kernel_pages(size: u64) -> (Rig, Vec<PageHandle>) {
+    let policy = Policy {
+        auto_online: Some(OnlineType::Kernel),
+        ..Policy::default()
+    };
+    let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
+    rig.resize(size);
+    let mut kept = Vec::new();
+    for (index, page) in rig
+        .allocate(size / 4096, Mobility::Unmovable)
+        .into_iter()
+        .enumerate()
+    {
+        match index % 512 {
+            0 => kept.push(page),
+            _ => rig.hotplug.free(page).unwrap(),
+        }
+    }
+    (rig, kept)
+}
+
+/// Looks until it has given up, each poll taking 5 ms, and returns how long it looked and rests.
+fn look_in_vain(rig: &mut Rig) -> (u64, u64) {
+    let begin = rig.now_ms;
+    loop {
+        if let Progress::Stalled {
+            retry_at_ms: Some(at),
+            ..
+        } = rig.step()
+        {
+            return (rig.now_ms - begin, at - rig.now_ms);
+        }
+        rig.now_ms += 5;
+    }
+}
+
+#[test]
+fn driver_rests_nine_times_as_long_as_it_has_looked_in_vain() {
+    let (mut rig, _kept) = full_of_kernel_pages(256 * MIB);
+    rig.device.request(0);
+    let (looked, rests) = look_in_vain(&mut rig);
+    assert!(looked > 1000, "{looked}");
+    assert!(
+        (looked * 8..=looked * 9).contains(&rests),
+        "{looked} {rests}"
+    );
+    rig.now_ms += rests;
+    let (_, rests) = look_in_vain(&mut rig);
+    // No longer than this, however large the guest.
+    let (mut large, _kept) = full_of_kernel_pages(GIB);
+    large.device.request(0);
+    let (looked, longest) = look_in_vain(&mut large);
+    assert!(
+        rests < longest && looked * 9 > longest,
+        "{rests} {longest} {looked}"
+    );
+    assert_eq!(longest, 30_000);
+}
+
+/// The time a device takes to answer was not spent looking.
+#[test]
+fn slow_device_does_not_make_the_driver_rest() {
+    let (mut rig, mut kept) = full_of_kernel_pages(64 * MIB);
+    rig.hotplug.free(kept.pop().unwrap()).unwrap();
+    rig.device.request(0);
+    rig.device.state().hold = true;
+    while rig.run() != Progress::AwaitingDevice {}
+    rig.now_ms += 20_000;
+    rig.device.state().hold = false;
+    rig.device.answer();
+    let (looked, rests) = look_in_vain(&mut rig);
+    assert!(rests <= looked * 9, "{looked} {rests}");
+}
+
+/// Memory that goes online while a campaign runs is not what was chosen any more.
+#[test]
+fn memory_that_goes_online_meanwhile_is_left_alone_where_only_offline_memory_goes() {
+    let policy = Policy {
+        auto_online: None,
+        unplug_online: false,
+        ..Policy::default()
+    };
+    let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
+    rig.resize(512 * MIB);
+    rig.device.request(0);
+    while rig.hotplug.withheld(4 * GIB + 384 * MIB, 128 * MIB) != Ok(Some(true)) {
+        rig.step();
+    }
+    for id in 32..35 {
+        rig.driver
+            .online_block(&mut rig.hotplug, id, OnlineType::Movable)
+            .unwrap();
+    }
+    assert_eq!(rig.run(), Progress::Settled);
+    assert_eq!(rig.driver.plugged_size(), 384 * MIB);
+    assert_eq!(rig.hotplug.counts().managed, 384 * MIB / 4096);
 }

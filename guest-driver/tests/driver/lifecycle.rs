@@ -8,7 +8,7 @@ use virtio_mem_driver::driver::{
     DumpView, Event, Policy, Progress, ResyncReason, Suspend, SuspendError, UnitState,
 };
 use virtio_mem_driver::hotplug::{Error, Mobility, OnlineType};
-use virtio_mem_wire::BlockRange;
+use virtio_mem_wire::{Answer, BlockRange, RequestKind};
 
 use crate::support::device::{Device, FakeTransport, Misbehave};
 use crate::support::dma::FakeHal;
@@ -290,4 +290,44 @@ fn targets_and_scans_are_announced_once_however_they_come() {
     rig.device.state().status |= DeviceStatus::DEVICE_NEEDS_RESET;
     rig.device.state().change_config();
     assert_eq!(announced(&mut rig), [u64::MAX, 256]);
+}
+
+/// Regression: fresh memory waited for a scan, the scan for the end of the suspend, and that for fresh memory.
+#[test]
+fn suspend_does_not_wait_for_memory_a_scan_has_to_look_for() {
+    let mut rig = Rig::new(2 * GIB);
+    rig.resize(512 * MIB);
+    let mut pages = rig.allocate(100_000, Mobility::Movable);
+    let middle = pages.swap_remove(70_000);
+    rig.hotplug.pin(middle).unwrap();
+    for page in pages {
+        rig.hotplug.free(page).unwrap();
+    }
+    // Two runs, on both sides of the pinned page.
+    rig.device.state().hold = true;
+    rig.device.request(2 * MIB);
+    while rig.driver.counters().requests(RequestKind::Unplug) < 2 {
+        if let Progress::Stalled {
+            retry_at_ms: Some(at),
+            ..
+        } = rig.step()
+        {
+            rig.now_ms = at;
+        }
+    }
+    let answers = [Answer::Error, Answer::Busy].map(Misbehave::Answer);
+    rig.device.state().misbehave.extend(answers);
+    rig.device.state().hold = false;
+    rig.device.answer();
+    rig.device.answer();
+    let mut polls = 0;
+    while rig.driver.suspend(&mut rig.hotplug, Suspend::Idle) == Err(SuspendError::Pending) {
+        rig.step();
+        polls += 1;
+        assert!(polls < 100);
+    }
+    assert_eq!(rig.step(), Progress::Suspended);
+    rig.driver.resume().unwrap();
+    rig.hotplug.unpin(middle).unwrap();
+    rig.resize(2 * MIB);
 }

@@ -1,11 +1,17 @@
 //! What the driver recovers from: lost answers, resets, sizes that do not match, an earlier life.
 
-use virtio_mem_driver::driver::{Failure, Policy, Progress, ResyncReason, Stall};
-use virtio_mem_driver::hotplug::{BlockState, Migration, Mobility};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use virtio_drivers::transport::DeviceStatus;
+use virtio_mem_driver::driver::{
+    Event, Failure, Policy, ProbeError, Progress, ResyncReason, Stall,
+};
+use virtio_mem_driver::hotplug::{BlockState, Error, Migration, Mobility, OnlineType};
 use virtio_mem_wire::{Answer, BlockRange, RequestKind};
 
-use crate::support::device::{Device, Misbehave};
-use crate::support::{GIB, MIB, Rig};
+use crate::support::device::{Device, FakeTransport, Misbehave};
+use crate::support::{Driver, GIB, LINUX, MIB, Rig};
 
 fn range(first: u64, count: u64) -> BlockRange {
     BlockRange { first, count }
@@ -287,4 +293,91 @@ fn what_is_not_known_to_be_plugged_stays_out_of_use() {
     } = rig;
     driver.remove(&mut hotplug);
     assert_eq!(hotplug.counts().managed, managed);
+}
+
+/// Regression: each time the guest had nowhere to move pages to counted as a recovery.
+#[test]
+fn device_that_refuses_to_unplug_is_given_up_by_a_guest_without_room() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(256 * MIB);
+    let _pages = rig.allocate(28_000, Mobility::Movable);
+    rig.device.request(64 * MIB);
+    // The device says what is plugged, and refuses everything else.
+    let scanning = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&scanning);
+    rig.driver
+        .set_event_sink(Box::new(move |event| match event {
+            Event::Resync(_) => told.store(true, Ordering::Relaxed),
+            Event::Resynced { .. } => told.store(false, Ordering::Relaxed),
+            _ => {}
+        }));
+    for _ in 0..100_000 {
+        rig.device.state().misbehave.clear();
+        if !scanning.load(Ordering::Relaxed) {
+            let error = Misbehave::Answer(Answer::Error);
+            rig.device.state().misbehave.push_back(error);
+        }
+        match rig.step() {
+            Progress::Stalled {
+                retry_at_ms: Some(at),
+                ..
+            } => rig.now_ms = at,
+            Progress::Failed(_) => return,
+            _ => {}
+        }
+    }
+    panic!("the driver recovers for ever");
+}
+
+/// Regression: the second driver withheld all memory of the first.
+#[test]
+fn region_with_a_driver_is_no_region_for_another() {
+    for policy in [LINUX, Policy::default()] {
+        let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
+        rig.resize(256 * MIB);
+        let other = Device::new(4 * GIB + 512 * MIB, GIB, 2 * MIB);
+        let transport = FakeTransport(Arc::clone(&other));
+        let second = Driver::probe(transport, &mut rig.hotplug, Policy::default());
+        assert_eq!(second.err(), Some(ProbeError::Region(Error::Busy)));
+        rig.resize(128 * MIB);
+    }
+}
+
+/// Makes the device ask for a reset.
+fn ask_for_a_reset(rig: &Rig) {
+    let mut state = rig.device.state();
+    state.status |= DeviceStatus::DEVICE_NEEDS_RESET;
+    state.change_config();
+}
+
+/// Each time the driver has done what it can, what went wrong before is forgotten.
+#[test]
+fn resets_far_apart_do_not_add_up() {
+    let policy = Policy {
+        auto_online: Some(OnlineType::Kernel),
+        ..Policy::default()
+    };
+    let mut rig = Rig::on(Device::new(4 * GIB, GIB, 2 * MIB), policy);
+    rig.resize(256 * MIB);
+    let _page = rig.allocate(1, Mobility::Unmovable);
+    rig.device.request(0);
+    for _ in 0..10 {
+        let stalled = rig.run();
+        assert!(matches!(stalled, Progress::Stalled { .. }), "{stalled:?}");
+        ask_for_a_reset(&rig);
+    }
+}
+
+#[test]
+fn v_09_device_that_asks_for_a_reset_again_and_again_is_given_up() {
+    let mut rig = Rig::new(GIB);
+    rig.resize(256 * MIB);
+    // It never gets as far as to answer.
+    rig.device.state().hold = true;
+    for _ in 0..3 {
+        ask_for_a_reset(&rig);
+        assert_eq!(rig.run(), Progress::AwaitingDevice);
+    }
+    ask_for_a_reset(&rig);
+    assert_eq!(rig.run(), Progress::Failed(Failure::NeedsReset));
 }

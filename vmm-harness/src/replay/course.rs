@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use virtio_mem_driver::hotplug::{BlockState, Error, Fault, Hotplug, Step as Point};
+use virtio_mem_driver::hotplug::{BlockState, Error, Fault, Hotplug, Step as Point, ZoneKind};
 use virtio_mem_wire::{Request, Span};
 
 use super::guest::{Check, NoContents};
@@ -136,6 +136,15 @@ impl<'a> Course<'a> {
         if ids.all(|id| hotplug.block_state(id) == Some(BlockState::Offline)) {
             return None;
         }
+        // Pages of the kernel's are in kernel zones. What is in Movable can be moved, unless somebody has a page for a
+        // moment: then the rest of the same memory block follows.
+        let mut ids = range.start / block_size..range.end.div_ceil(block_size);
+        let movable = |id| {
+            let block = hotplug.block(id);
+            block.is_some_and(|block| block.zone == Some(ZoneKind::Movable))
+        };
+        let all_movable = ids.all(movable);
+        let follows = |addr: u64| addr < range.end && addr / block_size == range.start / block_size;
         // The driver may look again at once; the kernel's pages are where they were.
         if let Some(error) = self.refused.get(&(range.start, range.end)) {
             return Some(*error);
@@ -144,7 +153,7 @@ impl<'a> Course<'a> {
             Some(Request::Unplug(Span { addr, block_count })) => {
                 let bytes = u64::from(block_count).saturating_mul(device.block_size);
                 let this = (addr, bytes) == (range.start, range.end - range.start);
-                (!this).then_some(Error::Busy)
+                (!this && (!all_movable || follows(addr))).then_some(Error::Busy)
             }
             _ => Some(Error::NoMemory),
         }

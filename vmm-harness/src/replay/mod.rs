@@ -59,7 +59,7 @@ use trace::Parameter;
 
 /// A recording may claim so many busy places, and one more for each so many of its requests. Real kernels have one or
 /// two in a memory block that has been theirs, and most of their requests come from others.
-const MOST_BUSY_PLACES: u64 = 4;
+const MOST_BUSY_PLACES: u64 = 8;
 const REQUESTS_PER_BUSY_PLACE: u64 = 8;
 
 /// Why a file cannot be replayed.

@@ -48,7 +48,7 @@ impl Candidates {
         pieces
     }
 
-    pub(in super::super) fn insert(&mut self, run: BlockRange) {
+    fn insert(&mut self, run: BlockRange) {
         if run.count > 0 {
             let key = match self.edge {
                 Edge::Low => run.first,
