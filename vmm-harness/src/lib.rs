@@ -15,6 +15,9 @@
 //! | what host and guest program share | `mailbox.rs`, `port.rs`, [`vmem_guest::abi`] |
 //! | the guest without KVM, and what checks its accesses | [`in_process`] |
 //! | what `vmem demo` does and checks | [`demo`] |
+//! | what can be done to a device, whoever asks | [`control`] |
+//! | HTTP on a Unix socket, both ends | [`api`] |
+//! | what `vmem run` keeps alive | [`run`] |
 //! | what `vmem serve` does | [`serve`] |
 //! | what `vmem replay` does and compares | [`replay`] |
 //! | what `vmem linux` boots, tries and checks | [`linux`] |
@@ -40,9 +43,11 @@
 //! # }
 //! ```
 
+pub mod api;
 mod backend;
 mod boot;
 mod bus;
+pub mod control;
 pub mod demo;
 mod events;
 mod gate;
@@ -56,9 +61,12 @@ mod mailbox;
 mod outcome;
 mod port;
 pub mod replay;
+pub mod run;
 pub mod serve;
+mod signals;
 mod size;
 pub mod slots;
+mod socket;
 pub mod transport;
 mod vcpu;
 pub mod vfio_user;
@@ -72,7 +80,7 @@ pub use layout::LayoutError;
 pub use machine::{GuestKind, Machine, MachineConfig, ReportError, StartError};
 pub use mailbox::{Report, WorkerReport};
 pub use outcome::{Crash, Outcome, UnpluggedAccess, VcpuError};
-pub use size::parse_size;
+pub use size::{Size, parse_size};
 pub use transport::{InterruptCounts, InterruptLine, MmioTransport};
 pub use vcpu::ExitCounts;
 pub use vm::VmError;

@@ -1,5 +1,7 @@
 //! `vmem`: resize the memory of a running guest, and see that it works.
 
+mod cli;
+
 use std::fmt;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -8,15 +10,17 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::builder::{PossibleValue, PossibleValuesParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use virtio_mem_driver::driver::{Mode, Strategy};
-use vmm_harness::demo::{self, BackingKind, DemoOptions};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use vmm_harness::demo::{self, DemoOptions};
 use vmm_harness::linux::{
     self, DeviceKind, KernelSeries, LinuxOptions, LinuxStep, Progress, SCRIPTS, Script,
 };
+use vmm_harness::parse_size;
 use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
+use vmm_harness::run::RunError;
 use vmm_harness::serve::{self, ServeError, ServeOptions};
-use vmm_harness::{GuestKind, parse_size};
+
+use crate::cli::{MachineArgs, ResizeArgs, RunArgs, StatusArgs, client};
 
 /// Resizes the memory of a running guest through a virtio memory device.
 #[derive(Parser)]
@@ -40,13 +44,32 @@ enum Command {
     /// Boots a stock Linux kernel in QEMU with a memory device, for a prompt or a script.
     #[command(after_help = LINUX_HELP)]
     Linux(LinuxArgs),
-    /// Resizes a guest of `vmem linux` from another terminal.
-    Resize {
-        /// The socket its prompt has named
-        socket: PathBuf,
-        /// The new size; without it, the state is printed
-        #[arg(value_parser = parse_size)]
-        size: Option<u64>,
+    /// Keeps a guest alive, to be resized, watched, frozen and saved through a control API.
+    #[command(after_help = cli::RUN_HELP)]
+    Run(RunArgs),
+    /// Resizes a guest of `vmem run`, or one of `vmem linux`.
+    #[command(after_help = cli::RESIZE_HELP)]
+    Resize(ResizeArgs),
+    /// Says how the memory of a guest of `vmem run` is.
+    #[command(after_help = cli::CLIENT_HELP)]
+    Status(StatusArgs),
+    /// Holds requests of the guest's driver off.
+    #[command(after_help = cli::CLIENT_HELP)]
+    Freeze(client::Api),
+    /// Ends that.
+    #[command(after_help = cli::CLIENT_HELP)]
+    Thaw(client::Api),
+    /// Writes the state of a frozen device into a file.
+    #[command(after_help = cli::SNAPSHOT_HELP)]
+    Snapshot(client::FileArgs),
+    /// Starts a guest of `vmem run --no-start` with a device that is as it was saved.
+    #[command(after_help = cli::SNAPSHOT_HELP)]
+    Restore(client::FileArgs),
+    /// Prints what a shell needs to complete options.
+    #[command(after_help = cli::COMPLETIONS_HELP)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
     },
     /// Serves a memory device to VMMs that speak vfio-user, and resizes it as told on standard input.
     #[command(after_help = SERVE_HELP)]
@@ -162,39 +185,11 @@ Exit codes:
 
 #[derive(Args)]
 struct DemoArgs {
-    /// Memory the guest has from the start
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
-    boot_memory: u64,
-    /// Size of the device-managed region
-    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
-    region: u64,
-    /// Size of a device block, a power of two
-    #[arg(long, value_name = "SIZE", default_value = "2M", value_parser = parse_size)]
-    block_size: u64,
-    /// In which order the guest's driver plugs and unplugs
-    #[arg(long, value_enum, default_value_t = Policy::Direct)]
-    policy: Policy,
-    /// How the guest's driver deals with blocks; by default sbm where that is possible
-    #[arg(long, value_enum)]
-    mode: Option<DriverMode>,
-    /// Size of a big block, a power of two; by default the larger of a block and a memory block
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    bbm_block_size: Option<u64>,
-    /// Host memory behind the region
-    #[arg(long, value_enum, default_value_t = Backing::Anon)]
-    backing: Backing,
+    #[command(flatten)]
+    machine: MachineArgs,
     /// Sizes to ask for, one after another; by default 1G,130M,2G,6M,0, rounded up to what the driver can do
     #[arg(long, value_name = "SIZE,…", value_delimiter = ',', value_parser = parse_size)]
     targets: Option<Vec<u64>>,
-    /// Number of vCPUs, all of which work in the memory
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    vcpus: usize,
-    /// Where the guest runs
-    #[arg(long, value_enum, default_value_t = Guest::Auto)]
-    guest: Guest,
-    /// Seed of everything the guest chooses at random
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
     /// Let the guest touch an unplugged block at last
     #[arg(long)]
     rogue: bool,
@@ -238,45 +233,6 @@ struct ServeArgs {
     size: u64,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Guest {
-    /// On KVM if it can be used, else in this process
-    Auto,
-    /// On KVM or not at all
-    Kvm,
-    /// In this process
-    InProcess,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Policy {
-    /// The fewest requests, several in flight, retries after 10 ms or more
-    Direct,
-    /// Linux's order, one request at a time, retries after 50 s or more
-    Linux,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum DriverMode {
-    /// Sub-Block Mode: memory blocks of 128 MiB may be plugged in part; for blocks up to 64 MiB
-    Sbm,
-    /// Big-Block Mode: one or more memory blocks are plugged as a whole
-    Bbm,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Backing {
-    /// Private anonymous memory, base pages
-    Anon,
-    /// Private anonymous memory, transparent huge pages
-    Thp,
-    /// Shared memory (memfd), base pages
-    Memfd,
-    /// Huge pages of 2 MiB from the host's pool
-    #[value(name = "hugetlb-2m")]
-    Hugetlb2m,
-}
-
 fn main() -> ExitCode {
     env_logger::init();
     let cli = Cli::parse();
@@ -284,7 +240,17 @@ fn main() -> ExitCode {
         Some(Command::Demo(args)) => run_demo(&args),
         Some(Command::Replay(args)) => run_replay(&args),
         Some(Command::Linux(args)) => run_linux(&args),
-        Some(Command::Resize { socket, size }) => run_resize(&socket, size),
+        Some(Command::Run(args)) => cli::run(args),
+        Some(Command::Resize(args)) => cli::resize(&args),
+        Some(Command::Status(args)) => cli::status(&args),
+        Some(Command::Freeze(api)) => client::freeze(&api),
+        Some(Command::Thaw(api)) => client::thaw(&api),
+        Some(Command::Snapshot(args)) => client::snapshot(&args),
+        Some(Command::Restore(args)) => client::restore(&args),
+        Some(Command::Completions { shell }) => {
+            clap_complete::generate(shell, &mut Cli::command(), "vmem", &mut io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
         Some(Command::Serve(args)) => run_serve(args),
         None => run_demo(&cli.demo),
     };
@@ -292,7 +258,9 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             let demo = error.downcast_ref().is_some_and(demo::DemoError::is_usage);
-            let usage = demo || error.downcast_ref().is_some_and(ServeError::is_usage);
+            let serve = error.downcast_ref().is_some_and(ServeError::is_usage);
+            let run = error.downcast_ref().is_some_and(RunError::is_usage);
+            let usage = demo || serve || run || error.is::<cli::UsageError>();
             eprintln!("vmem: {error:#}");
             ExitCode::from(if usage { 2 } else { 1 })
         }
@@ -301,34 +269,9 @@ fn main() -> ExitCode {
 
 fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     let options = DemoOptions {
-        boot_memory: args.boot_memory,
-        region: args.region,
-        block_size: args.block_size,
-        backing: match args.backing {
-            Backing::Anon => BackingKind::Anon,
-            Backing::Thp => BackingKind::Thp,
-            Backing::Memfd => BackingKind::Memfd,
-            Backing::Hugetlb2m => BackingKind::Hugetlb2m,
-        },
-        strategy: match args.policy {
-            Policy::Direct => Strategy::Direct,
-            Policy::Linux => Strategy::Linux,
-        },
-        mode: args.mode.map(|mode| match mode {
-            DriverMode::Sbm => Mode::SubBlock,
-            DriverMode::Bbm => Mode::BigBlock,
-        }),
-        bbm_block_size: args.bbm_block_size,
         targets: args.targets.clone(),
-        vcpu_count: args.vcpus,
-        guest: match args.guest {
-            Guest::Auto => GuestKind::Auto,
-            Guest::Kvm => GuestKind::Kvm,
-            Guest::InProcess => GuestKind::InProcess,
-        },
-        seed: args.seed,
         rogue: args.rogue,
-        ..DemoOptions::default()
+        ..args.machine.options()
     };
     let summary = match args.json {
         true => {
@@ -451,11 +394,6 @@ fn linux_row(out: &mut dyn Write, step: &LinuxStep) -> io::Result<()> {
         step.seconds,
         step.what
     )
-}
-
-fn run_resize(socket: &Path, size: Option<u64>) -> anyhow::Result<ExitCode> {
-    println!("{}", linux::resize_at(socket, size)?);
-    Ok(ExitCode::SUCCESS)
 }
 
 /// All files together.

@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use thiserror::Error;
-use virtio_mem::{Counters, Handle, VirtioMem};
+use virtio_mem::{Counters, Handle};
 use virtio_mem_driver::driver::{Mode, Strategy};
 use virtio_mem_wire::{Answer, RequestKind};
-use vm_memory::GuestAddress;
 
 pub use checks::CheckFailed;
 pub use options::{BackingKind, DemoOptions};
@@ -21,18 +20,13 @@ pub use table::size;
 
 use self::options::Plan;
 use self::residency::unplugged_resident;
-use crate::layout::REGION_START;
 use crate::{
-    InterruptCounts, Machine, MachineConfig, Outcome, Report, ReportError, Shortfall, StartError,
-    UnpluggedAccess,
+    InterruptCounts, Machine, Outcome, Report, ReportError, Shortfall, StartError, UnpluggedAccess,
 };
 
 /// How long a step may take before it counts as stuck. Not a measure of anything: a step takes well under a
 /// second on an idle machine.
 const STEP_TIMEOUT: Duration = Duration::from_secs(120);
-
-/// Most pages a worker holds: 256 MiB.
-const WORKER_PAGES: u64 = 65_536;
 
 /// The demonstration did not come to its end.
 #[derive(Debug, Error)]
@@ -210,20 +204,7 @@ pub struct Rogue {
 pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoError> {
     let plan = Plan::new(options)?;
     check_pool(options, &plan)?;
-    let backing = options.backing.map(options.region);
-    let backing =
-        backing.map_err(|error| DemoError::Backing(table::size(options.region), error))?;
-    let device =
-        VirtioMem::builder(GuestAddress(REGION_START), backing).block_size(options.block_size);
-    let config = MachineConfig {
-        boot_memory: options.boot_memory,
-        vcpu_count: options.vcpu_count,
-        guest: options.guest,
-        seed: options.seed,
-        worker_pages: WORKER_PAGES,
-        policy: plan.policy,
-        ..MachineConfig::default()
-    };
+    let (config, device) = options.machine_for(&plan)?;
     let machine = Machine::start(&config, device)?;
     let handle = machine.handle();
     let booted = machine

@@ -2,15 +2,16 @@
 
 use std::io;
 
-use virtio_mem::{Anonymous, Backing, Hugetlb, Memfd};
+use virtio_mem::{Anonymous, Backing, Builder, Hugetlb, Memfd, VirtioMem};
 use virtio_mem_driver::driver::{Mode, Policy, Sizes, Strategy};
 use virtio_mem_driver::hotplug::Profile;
 use virtio_mem_wire::Geometry;
+use vm_memory::GuestAddress;
 
 use super::DemoError;
 use super::table::size;
 use crate::layout::{LARGE_PAGE, REGION_START};
-use crate::{GUEST_IMAGE, GuestKind};
+use crate::{GUEST_IMAGE, GuestKind, MachineConfig};
 
 /// Sizes to ask for, if none are named; rounded up to what the driver can do.
 const TARGETS: [u64; 5] = [1 << 30, 130 << 20, 2 << 30, 6 << 20, 0];
@@ -24,6 +25,10 @@ pub struct DemoOptions {
     pub region: u64,
     /// Bytes per device block.
     pub block_size: u64,
+    /// Bytes per memory slot; `None` is what the device chooses.
+    pub slot_size: Option<u64>,
+    /// Proximity domain of the region; `None` is a device without one.
+    pub node_id: Option<u16>,
     /// Host memory behind the region.
     pub backing: BackingKind,
     /// In which order the guest's driver plugs and unplugs.
@@ -36,6 +41,8 @@ pub struct DemoOptions {
     pub targets: Option<Vec<u64>>,
     /// Pages the workers verify at each size before the next step, if the size leaves them any.
     pub pages_per_step: u64,
+    /// Most pages one worker of the guest holds; the default is 256 MiB of them.
+    pub worker_pages: u64,
     /// Number of vCPUs.
     pub vcpu_count: usize,
     /// Where the guest runs.
@@ -53,17 +60,72 @@ impl Default for DemoOptions {
             boot_memory: 256 << 20,
             region: 4 << 30,
             block_size: 2 << 20,
+            slot_size: None,
+            node_id: None,
             backing: BackingKind::Anon,
             strategy: Strategy::Direct,
             mode: None,
             bbm_block_size: None,
             targets: None,
             pages_per_step: 200_000,
+            worker_pages: 65_536,
             vcpu_count: 2,
             guest: GuestKind::Auto,
             seed: 0,
             rogue: false,
         }
+    }
+}
+
+impl DemoOptions {
+    /// Whether the options go together; no more is looked at than the options.
+    pub(crate) fn check(&self) -> Result<(), DemoError> {
+        Plan::new(self)?;
+        match self.slot_size {
+            Some(slot_size) if slot_size == 0 || !slot_size.is_multiple_of(self.block_size) => {
+                Err(DemoError::Options(format!(
+                    "slots of {} are not a multiple of the block size {}",
+                    size(slot_size),
+                    size(self.block_size)
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The guest and its device.
+    pub(crate) fn machine(&self) -> Result<(MachineConfig, Builder), DemoError> {
+        self.machine_for(&Plan::new(self)?)
+    }
+
+    /// As [`machine`](Self::machine), for who has a plan.
+    pub(super) fn machine_for(&self, plan: &Plan) -> Result<(MachineConfig, Builder), DemoError> {
+        let backing = self.backing.map(self.region);
+        let backing = backing.map_err(|error| DemoError::Backing(size(self.region), error))?;
+        let mut device =
+            VirtioMem::builder(GuestAddress(REGION_START), backing).block_size(self.block_size);
+        if let Some(slot_size) = self.slot_size {
+            device = device.slot_size(slot_size);
+        }
+        if let Some(node_id) = self.node_id {
+            device = device.node_id(node_id);
+        }
+        let config = MachineConfig {
+            boot_memory: self.boot_memory,
+            vcpu_count: self.vcpu_count,
+            guest: self.guest,
+            seed: self.seed,
+            worker_pages: self.worker_pages,
+            policy: plan.policy,
+            ..MachineConfig::default()
+        };
+        Ok((config, device))
+    }
+
+    /// The first of the sizes to ask for, if any is named.
+    pub(crate) fn initial_size(&self) -> u64 {
+        let targets = self.targets.as_deref().unwrap_or_default();
+        targets.first().copied().unwrap_or(0)
     }
 }
 
@@ -81,7 +143,7 @@ pub enum BackingKind {
 }
 
 impl BackingKind {
-    pub(super) fn map(self, region: u64) -> io::Result<Box<dyn Backing>> {
+    fn map(self, region: u64) -> io::Result<Box<dyn Backing>> {
         Ok(match self {
             Self::Anon => Box::new(Anonymous::base_pages(region)?),
             Self::Thp => Box::new(Anonymous::thp(region)?),

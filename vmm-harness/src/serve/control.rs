@@ -1,12 +1,13 @@
 //! What an operator can ask of a device that is served, as lines of text.
 //!
-//! A line is answered by a JSON object on one line: the sizes after the command, or `{"error": …}`. The commands
-//! themselves know nothing of lines.
+//! A line is answered by a JSON object on one line: the sizes after the command, or `{"error": …}`. What a command does
+//! is [`crate::control`]'s business.
 
-use serde::Serialize;
 use thiserror::Error;
-use virtio_mem::{Handle, ResizeError};
+use virtio_mem::Handle;
 
+pub use crate::control::Sizes as Report;
+use crate::control::{ControlError, Controller};
 use crate::parse_size;
 
 /// One thing to do.
@@ -24,53 +25,35 @@ pub enum Command {
     Quit,
 }
 
-/// The device after a command. All sizes are bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Report {
-    /// What the driver is asked to have plugged.
-    pub requested_size: u64,
-    /// What is plugged.
-    pub plugged_size: u64,
-    /// From the region's start, where blocks may be plugged.
-    pub usable_region_size: u64,
-    /// Host memory behind the region.
-    pub resident_size: u64,
-    /// Whether requests are held off.
-    pub frozen: bool,
-}
-
 /// Why a command was not done.
 #[derive(Debug, Error)]
-pub enum ControlError {
+pub enum LineError {
     /// There is no such command.
     #[error("unknown command {0:?}: resize SIZE, status, freeze, thaw and quit are known")]
     Unknown(String),
     /// The size is none.
     #[error("{0:?} is not a size")]
     Size(String),
-    /// The device cannot have it.
+    /// It cannot be done.
     #[error(transparent)]
-    Resize(#[from] ResizeError),
-    /// The host does not say how much memory there is.
-    #[error("memory behind the region")]
-    Resident(#[source] std::io::Error),
+    Control(#[from] ControlError),
 }
 
 impl std::str::FromStr for Command {
-    type Err = ControlError;
+    type Err = LineError;
 
-    fn from_str(line: &str) -> Result<Self, ControlError> {
+    fn from_str(line: &str) -> Result<Self, LineError> {
         let words: Vec<_> = line.split_whitespace().collect();
         match words.as_slice() {
             ["resize", size] => match parse_size(size) {
                 Ok(size) => Ok(Self::Resize(size)),
-                Err(_) => Err(ControlError::Size((*size).to_owned())),
+                Err(_) => Err(LineError::Size((*size).to_owned())),
             },
             ["status"] => Ok(Self::Status),
             ["freeze"] => Ok(Self::Freeze),
             ["thaw"] => Ok(Self::Thaw),
             ["quit"] => Ok(Self::Quit),
-            _ => Err(ControlError::Unknown(line.trim().to_owned())),
+            _ => Err(LineError::Unknown(line.trim().to_owned())),
         }
     }
 }
@@ -80,22 +63,16 @@ impl Command {
     ///
     /// # Errors
     ///
-    /// [`ControlError`]; nothing has changed then.
-    pub fn execute(self, device: &Handle) -> Result<Report, ControlError> {
+    /// [`LineError::Control`]; nothing has changed then.
+    pub fn execute(self, device: &Handle) -> Result<Report, LineError> {
+        let controller = Controller::new(device.clone());
         match self {
-            Self::Resize(size) => drop(device.resize(size)?),
-            Self::Freeze => device.freeze(),
-            Self::Thaw => device.thaw(),
+            Self::Resize(size) => drop(controller.resize(size)?),
+            Self::Freeze => controller.freeze(),
+            Self::Thaw => controller.thaw(),
             Self::Status | Self::Quit => {}
         }
-        let status = device.status();
-        Ok(Report {
-            requested_size: status.requested_size,
-            plugged_size: status.plugged_size,
-            usable_region_size: status.usable_region_size,
-            resident_size: device.resident_bytes().map_err(ControlError::Resident)?,
-            frozen: status.frozen,
-        })
+        Ok(controller.sizes()?)
     }
 }
 
@@ -134,7 +111,8 @@ mod tests {
     fn commands_change_the_device_and_report_it() {
         let backing = Anonymous::base_pages(64 << 20).unwrap();
         let device = VirtioMem::builder(GuestAddress(1 << 32), backing);
-        let handle = device.block_size(2 << 20).build().unwrap().handle();
+        let device = device.block_size(2 << 20).build().unwrap();
+        let handle = device.handle();
         let report = Command::Resize(16 << 20).execute(&handle).unwrap();
         assert_eq!((report.requested_size, report.plugged_size), (16 << 20, 0));
         assert_eq!(
@@ -145,7 +123,10 @@ mod tests {
         assert!(!Command::Thaw.execute(&handle).unwrap().frozen);
         for size in [1, 128 << 20] {
             let error = Command::Resize(size).execute(&handle).unwrap_err();
-            assert!(matches!(error, ControlError::Resize(_)), "{error}");
+            assert!(
+                matches!(error, LineError::Control(ControlError::Resize(_))),
+                "{error}"
+            );
         }
         assert_eq!(Command::Status.execute(&handle).unwrap(), report);
     }

@@ -18,7 +18,6 @@
 mod irqs;
 mod memory;
 mod session;
-mod socket;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -40,7 +39,7 @@ use crate::transport::pci::{
     CONFIG_SPACE_SIZE, MSIX_BAR_SIZE, PciInterrupt, PciTransport, REGISTER_BAR_SIZE,
 };
 
-pub use self::socket::{ServerSocket, SocketError};
+pub use crate::socket::{ServerSocket, SocketError};
 
 /// The server cannot start, or cannot go on.
 #[derive(Debug, Error)]

@@ -1,4 +1,4 @@
-//! The socket clients connect to.
+//! The Unix sockets `vmem` listens on: vfio-user's, and the control API's.
 
 use std::fs;
 use std::io;
@@ -15,8 +15,13 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum SocketError {
     /// Somebody answers there.
-    #[error("{} is in use: a server answers there", .0.display())]
-    InUse(PathBuf),
+    #[error("{} is in use: process {pid} answers there", .path.display())]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+        /// Who listens, as the kernel says; 0 if that is a process this one cannot see.
+        pid: i32,
+    },
     /// It is not ours to replace.
     #[error("{} exists and is not a socket", .0.display())]
     NotASocket(PathBuf),
@@ -50,7 +55,14 @@ impl ServerSocket {
                 }
                 match UnixStream::connect(path) {
                     Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-                    Ok(_) => return Err(SocketError::InUse(path.to_owned())),
+                    Ok(holder) => {
+                        // Of the socket that listens, the credentials are those of whoever called listen(2).
+                        let peer = rustix::net::sockopt::socket_peercred(&holder);
+                        return Err(SocketError::InUse {
+                            path: path.to_owned(),
+                            pid: peer.map_or(0, |peer| peer.pid.as_raw_nonzero().get()),
+                        });
+                    }
                     Err(error) => return Err(failed(error)),
                 }
                 fs::remove_file(path).map_err(failed)?;
@@ -67,7 +79,7 @@ impl ServerSocket {
     }
 
     /// Another descriptor of the listening socket.
-    pub(super) fn listener(&self) -> io::Result<OwnedFd> {
+    pub(crate) fn listener(&self) -> io::Result<OwnedFd> {
         self.listener.try_clone()
     }
 }
@@ -124,7 +136,11 @@ mod tests {
         let path = path("stale");
         let live = ServerSocket::bind(&path).unwrap();
         let error = ServerSocket::bind(&path).unwrap_err();
-        assert!(matches!(error, SocketError::InUse(_)), "{error}");
+        let own_pid = i32::try_from(std::process::id()).unwrap();
+        assert!(
+            matches!(error, SocketError::InUse { pid, .. } if pid == own_pid),
+            "{error}"
+        );
         assert!(path.exists());
         drop(live);
         // What a server leaves that was killed.

@@ -1,0 +1,62 @@
+//! What `/metrics` answers: the recorder of the `metrics` facade, into which the device counts.
+
+use std::sync::OnceLock;
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::control::{Instance, MemoryStatus};
+
+/// Upper bounds of the latency buckets, in seconds: from a system call to a driver's patience.
+const BUCKETS: [f64; 8] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0];
+
+/// The recorder of this process, installed by whoever is first. `None` if the program has another.
+pub(super) fn recorder() -> Option<&'static PrometheusHandle> {
+    static RECORDER: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
+    let install = || {
+        let suffix = Matcher::Suffix("_seconds".into());
+        let builder = PrometheusBuilder::new().set_buckets_for_metric(suffix, &BUCKETS);
+        let recorder = builder
+            .inspect_err(|error| log::warn!("latency buckets: {error}"))
+            .ok()?
+            .build_recorder();
+        let handle = recorder.handle();
+        metrics::set_global_recorder(recorder)
+            .inspect_err(|error| log::warn!("no metrics: {error}"))
+            .ok()?;
+        Some(handle)
+    };
+    RECORDER.get_or_init(install).as_ref()
+}
+
+/// All metrics in Prometheus' text format, with what must be measured measured now.
+pub(super) fn render(instance: &Instance) -> String {
+    let Some(recorder) = recorder() else {
+        return String::new();
+    };
+    if let Ok(MemoryStatus {
+        guest: Some(guest),
+        frozen,
+        slot_count,
+        ..
+    }) = instance.memory()
+    {
+        for (name, value) in [
+            ("vmem_guest_plugged_bytes", guest.plugged_size),
+            ("vmem_guest_online_bytes", guest.online_size),
+            ("vmem_guest_unreachable_bytes", guest.unreachable_size),
+            ("vmem_guest_pages_held", guest.pages_held),
+            ("vmem_frozen", u64::from(frozen)),
+            ("vmem_slots", slot_count),
+        ] {
+            metrics::gauge!(name).set(value as f64);
+        }
+        for (name, value) in [
+            ("vmem_guest_pages_moved_total", guest.pages_moved),
+            ("vmem_guest_pages_verified_total", guest.pages_verified),
+            ("vmem_guest_pages_wrong_total", guest.pages_wrong),
+        ] {
+            metrics::counter!(name).absolute(value);
+        }
+    }
+    recorder.render()
+}

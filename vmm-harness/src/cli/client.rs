@@ -1,0 +1,224 @@
+//! The commands that are clients of the control API.
+
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Args;
+use clap::builder::styling::{AnsiColor, Style};
+use hyper::Method;
+use serde_json::{Value, json};
+use vmm_harness::api::client::request;
+use vmm_harness::demo::size as size_text;
+use vmm_harness::{linux, parse_size};
+
+use super::UsageError;
+
+/// The exit code for a deadline that has passed.
+const DEADLINE_PASSED: u8 = 4;
+
+/// One request waits no longer than this; another follows.
+const WAIT_STEP: Duration = Duration::from_secs(60);
+
+/// Where the API is.
+#[derive(Args, Clone)]
+pub(crate) struct Api {
+    /// Where `vmem run` serves its control API
+    #[arg(long, value_name = "PATH", env = "VMEM_API_SOCK")]
+    api_sock: Option<PathBuf>,
+}
+
+impl Api {
+    fn request(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+        let socket = self.api_sock.as_deref().ok_or_else(|| {
+            UsageError("name the socket of a `vmem run` with --api-sock or VMEM_API_SOCK".into())
+        })?;
+        Ok(request(socket, method, path, body)?)
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct ResizeArgs {
+    /// The new size; or the socket the prompt of `vmem linux` has named
+    #[arg(value_name = "SIZE|SOCKET")]
+    what: String,
+    /// After a socket, the new size; without it, the state is printed
+    #[arg(value_name = "SIZE", value_parser = parse_size)]
+    size: Option<u64>,
+    #[command(flatten)]
+    api: Api,
+    /// Wait until the size is there
+    #[arg(long)]
+    wait: bool,
+    /// How long to wait at the most
+    #[arg(long, value_name = "TIME", requires = "wait", value_parser = humantime::parse_duration)]
+    deadline: Option<Duration>,
+}
+
+#[derive(Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    api: Api,
+    /// Print what the API answers
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct FileArgs {
+    /// A state, JSON
+    file: PathBuf,
+    #[command(flatten)]
+    api: Api,
+}
+
+/// An argument that is a size is one: a socket of that name is `./1G`.
+pub(crate) fn resize(args: &ResizeArgs) -> anyhow::Result<ExitCode> {
+    match (parse_size(&args.what), args.size) {
+        (Ok(size), None) => resize_running(args, size),
+        _ if args.wait => {
+            Err(UsageError("a guest of `vmem linux` is not waited for".into()).into())
+        }
+        (_, size) => {
+            println!("{}", linux::resize_at(args.what.as_ref(), size)?);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn resize_running(args: &ResizeArgs, size: u64) -> anyhow::Result<ExitCode> {
+    let deadline = args.deadline.map(|deadline| Instant::now() + deadline);
+    let body = json!({ "requested_size": size });
+    let mut operation = args.api.request(Method::POST, "/operations", Some(&body))?;
+    let path = format!("/operations/{}", operation["id"]);
+    let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    let is_under_way =
+        |operation: &Value| matches!(operation["state"].as_str(), Some("converging" | "stalled"));
+    while args.wait && is_under_way(&operation) && left() != Some(Duration::ZERO) {
+        let wait = left().map_or(WAIT_STEP, |left| left.min(WAIT_STEP));
+        let path = format!("{path}?wait={}ms", wait.as_millis().max(1));
+        operation = args.api.request(Method::GET, &path, None)?;
+    }
+    let bytes = |field: &str| size_text(operation[field].as_u64().unwrap_or(0));
+    let state = operation["state"].as_str().unwrap_or("unknown");
+    let plugged = format!(
+        "{} of {} plugged",
+        bytes("plugged_size"),
+        bytes("requested_size")
+    );
+    match state {
+        "settled" => println!("{plugged}"),
+        "converging" | "stalled" if args.wait => {
+            let reason = operation["reason"].as_str().unwrap_or("converging");
+            eprintln!("vmem: deadline passed: {plugged}: {}", explain(reason));
+            return Ok(ExitCode::from(DEADLINE_PASSED));
+        }
+        "converging" | "stalled" => println!("{plugged}, operation {}", operation["id"]),
+        state => anyhow::bail!("operation {} was {state}: {plugged}", operation["id"]),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
+    let status = args.api.request(Method::GET, "/hotplug/memory", None)?;
+    let mut out = io::stdout().lock();
+    if args.json {
+        serde_json::to_writer_pretty(&mut out, &status)?;
+        writeln!(out)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let colours = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let paint = |text: &str, colour: AnsiColor| match colours {
+        true => {
+            let style = Style::new().fg_color(Some(colour.into()));
+            format!("{style}{text}{style:#}")
+        }
+        false => text.to_owned(),
+    };
+    let bytes = |value: &Value| size_text(value.as_u64().unwrap_or(0));
+    let text = |value: &Value| value.as_str().unwrap_or("unknown").to_owned();
+    let state = text(&status["state"]).to_lowercase();
+    let reason = match (status["reason"].as_str(), status["frozen"].as_bool()) {
+        (Some(reason), _) => paint(explain(reason), AnsiColor::Yellow),
+        (None, Some(true)) => paint("the size is there; frozen", AnsiColor::Yellow),
+        (None, _) => paint("the size is there", AnsiColor::Green),
+    };
+    writeln!(out, "guest      {state}")?;
+    writeln!(out, "requested  {}", bytes(&status["requested_size"]))?;
+    writeln!(out, "plugged    {}", bytes(&status["plugged_size"]))?;
+    writeln!(out, "state      {reason}")?;
+    writeln!(out, "resident   {}", bytes(&status["resident_size"]))?;
+    writeln!(
+        out,
+        "region     {} in blocks of {}, slots of {}",
+        bytes(&status["total_size"]),
+        bytes(&status["block_size"]),
+        bytes(&status["slot_size"])
+    )?;
+    if let guest @ Value::Object(_) = &status["guest"] {
+        writeln!(
+            out,
+            "driver     {}, {} online, {} pages moved",
+            text(&guest["driver_state"]),
+            bytes(&guest["online_size"]),
+            guest["pages_moved"]
+        )?;
+        writeln!(
+            out,
+            "workload   {} pages held, {} verified, {} wrong",
+            guest["pages_held"], guest["pages_verified"], guest["pages_wrong"]
+        )?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn freeze(api: &Api) -> anyhow::Result<ExitCode> {
+    api.request(Method::PUT, "/hotplug/memory/freeze", None)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn thaw(api: &Api) -> anyhow::Result<ExitCode> {
+    api.request(Method::PUT, "/hotplug/memory/thaw", None)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn snapshot(args: &FileArgs) -> anyhow::Result<ExitCode> {
+    let state = args
+        .api
+        .request(Method::GET, "/hotplug/memory/state", None)?;
+    let file = || args.file.display().to_string();
+    fs::write(&args.file, format!("{state}\n")).with_context(file)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn restore(args: &FileArgs) -> anyhow::Result<ExitCode> {
+    let file = || args.file.display().to_string();
+    let text = fs::read_to_string(&args.file).with_context(file)?;
+    let state = serde_json::from_str(&text).with_context(file)?;
+    args.api
+        .request(Method::PUT, "/hotplug/memory/state", Some(&state))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the API's reasons mean; `docs/operating.md` says what to do.
+fn explain(reason: &str) -> &str {
+    match reason {
+        "not_started" => "the guest is not started",
+        "guest_ended" => "the guest has ended",
+        "frozen" => "the device is frozen",
+        "device_failed" => "the device has failed",
+        "driver_failed" => "the guest's driver has given up",
+        "driver_booting" => "the guest's driver is not there yet",
+        "host_busy" => "the device answers BUSY",
+        "remainder" => "the rest is less than the driver can plug or unplug",
+        "capacity" => "the region has no whole memory block left",
+        "memory_in_use" => "the memory to be unplugged is in use",
+        "cannot_add" => "the driver cannot add memory for now",
+        "converging" => "on its way",
+        // Of a newer server.
+        other => other,
+    }
+}

@@ -1,0 +1,451 @@
+//! What can be done to a memory device from outside its guest: one set of operations behind every front end.
+//!
+//! The lines of [`serve`](crate::serve) and the HTTP of [`api`](crate::api) both end here. [`Controller`] is one device;
+//! [`Instance`] is a guest with one, before and after it is started.
+
+mod instance;
+mod reason;
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use thiserror::Error;
+use tokio::sync::broadcast;
+use virtio_mem::wire::Answer;
+use virtio_mem::{Handle, Resize, ResizeError, ResizeState, SaveError, State, Status};
+
+pub use instance::{GuestStatus, Instance, InstanceError, MemoryStatus, RunState};
+pub use reason::Reason;
+
+/// Operations that are remembered; of more, the oldest are forgotten.
+const MAX_OPERATIONS: usize = 1024;
+
+/// Events that wait for a slow listener; of more, the oldest are lost to it.
+const MAX_EVENTS: usize = 1024;
+
+/// How often a watcher looks whether its device is still controlled.
+const WATCH_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Why something was not done.
+#[derive(Debug, Error)]
+pub enum ControlError {
+    /// The device cannot have the size.
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
+    /// The host does not say how much memory there is.
+    #[error("memory behind the region")]
+    Resident(#[source] io::Error),
+    /// The device cannot be saved now.
+    #[error("{0}; freeze it first")]
+    Save(#[from] SaveError),
+    /// No such operation, or it has been forgotten.
+    #[error("there is no operation {0}")]
+    UnknownOperation(u64),
+    /// The operation has ended before.
+    #[error("operation {0} has ended already")]
+    Ended(u64),
+}
+
+/// A device at one moment. All sizes are bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Sizes {
+    /// What the driver is asked to have plugged.
+    pub requested_size: u64,
+    /// What is plugged.
+    pub plugged_size: u64,
+    /// From the region's start, where blocks may be plugged.
+    pub usable_region_size: u64,
+    /// Host memory behind the region.
+    pub resident_size: u64,
+    /// Whether requests are held off.
+    pub frozen: bool,
+}
+
+/// A resize, by number. All sizes are bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Operation {
+    /// From 1, in the order asked for.
+    pub id: u64,
+    /// What was asked for.
+    pub requested_size: u64,
+    /// What is plugged now.
+    pub plugged_size: u64,
+    /// How far it is.
+    pub state: OperationState,
+    /// What was asked for instead, if it is superseded.
+    pub superseded_by: Option<u64>,
+}
+
+/// See [`ResizeState`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OperationState {
+    /// The size is not there yet.
+    Converging,
+    /// The size is not there, and the device refuses the driver's requests.
+    Stalled,
+    /// The size was there. Final.
+    Settled,
+    /// Another size was asked for first. Final.
+    Superseded,
+    /// It was given up. Final.
+    Cancelled,
+}
+
+impl OperationState {
+    /// Whether it stays so.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Settled | Self::Superseded | Self::Cancelled)
+    }
+}
+
+/// What happens to a device and its guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The guest runs.
+    Started,
+    /// The guest has ended.
+    Ended {
+        /// How.
+        outcome: String,
+    },
+    /// A size has changed; bytes.
+    Sizes {
+        /// What the driver is asked to have plugged.
+        requested_size: u64,
+        /// What is plugged.
+        plugged_size: u64,
+        /// From the region's start, where blocks may be plugged.
+        usable_region_size: u64,
+    },
+    /// A resize was asked for, or has ended.
+    Operation(Operation),
+    /// The driver was refused something, for the first time since its last ACK.
+    Refused {
+        /// NACK, BUSY or ERROR.
+        answer: &'static str,
+    },
+    /// Requests are held off.
+    Frozen,
+    /// No more.
+    Thawed,
+    /// The device takes no more requests.
+    Failed {
+        /// What the host could not undo.
+        reason: String,
+    },
+}
+
+/// Where events go, whoever listens.
+pub type Events = broadcast::Sender<Event>;
+
+/// Nobody has heard anything yet.
+#[must_use]
+pub fn new_events() -> Events {
+    broadcast::Sender::new(MAX_EVENTS)
+}
+
+/// Controls one device.
+#[derive(Debug)]
+pub struct Controller {
+    shared: Arc<Shared>,
+    watcher: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    device: Handle,
+    events: Events,
+    operations: Mutex<Operations>,
+    end: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Operations {
+    last_id: u64,
+    list: VecDeque<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    id: u64,
+    resize: Resize,
+    /// Its end was an event.
+    announced: bool,
+}
+
+impl Controller {
+    /// For who asks, and is not told.
+    #[must_use]
+    pub fn new(device: Handle) -> Self {
+        Self {
+            shared: Shared::new(device, new_events()),
+            watcher: None,
+        }
+    }
+
+    /// Tells `events` what happens to the device, from a thread of its own.
+    ///
+    /// # Errors
+    ///
+    /// If the host has no more threads.
+    pub fn watched(device: Handle, events: Events) -> io::Result<Self> {
+        let shared = Shared::new(device, events);
+        let watched = Arc::clone(&shared);
+        let watcher = thread::Builder::new().name("vmem-watch".into());
+        Ok(Self {
+            shared,
+            watcher: Some(watcher.spawn(move || watched.watch())?),
+        })
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &Handle {
+        &self.shared.device
+    }
+
+    /// The device as it is now.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError::Resident`].
+    pub fn sizes(&self) -> Result<Sizes, ControlError> {
+        let status = self.device().status();
+        Ok(Sizes {
+            requested_size: status.requested_size,
+            plugged_size: status.plugged_size,
+            usable_region_size: status.usable_region_size,
+            resident_size: self
+                .device()
+                .resident_bytes()
+                .map_err(ControlError::Resident)?,
+            frozen: status.frozen,
+        })
+    }
+
+    /// Asks the driver to have `size` bytes plugged. Who asks for the size that is under way gets a number of his own
+    /// for the same resize.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError::Resize`]; nothing has changed then.
+    pub fn resize(&self, size: u64) -> Result<Operation, ControlError> {
+        // Locked first: numbers are in the order the device was asked.
+        let mut operations = self.shared.operations();
+        let resize = self.device().resize(size)?;
+        operations.last_id += 1;
+        let mut entry = Entry {
+            id: operations.last_id,
+            resize,
+            announced: false,
+        };
+        let operation = entry.operation();
+        entry.announced = operation.state.is_final();
+        if operations.list.len() == MAX_OPERATIONS {
+            operations.list.pop_front();
+        }
+        operations.list.push_back(entry);
+        self.shared.tell(Event::Operation(operation.clone()));
+        Ok(operation)
+    }
+
+    /// Every operation that is remembered, oldest first.
+    #[must_use]
+    pub fn operations(&self) -> Vec<Operation> {
+        let operations = self.shared.operations();
+        operations.list.iter().map(Entry::operation).collect()
+    }
+
+    /// One of them.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError::UnknownOperation`].
+    pub fn operation(&self, id: u64) -> Result<Operation, ControlError> {
+        self.shared.operations().find(id).map(Entry::operation)
+    }
+
+    /// Gives an operation up: what is plugged now is what is requested.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError::UnknownOperation`], [`ControlError::Ended`].
+    pub fn cancel(&self, id: u64) -> Result<Operation, ControlError> {
+        let resize = self.shared.operations().find(id)?.resize.clone();
+        match resize.cancel() {
+            true => self.operation(id),
+            false => Err(ControlError::Ended(id)),
+        }
+    }
+
+    /// Holds requests off, see [`Handle::freeze`].
+    pub fn freeze(&self) {
+        self.device().freeze();
+    }
+
+    /// Ends that.
+    pub fn thaw(&self) {
+        self.device().thaw();
+    }
+
+    /// The state of the device, see [`Handle::save`].
+    ///
+    /// # Errors
+    ///
+    /// [`ControlError::Save`].
+    pub fn save(&self) -> Result<State, ControlError> {
+        Ok(self.device().save()?)
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        self.shared.end.store(true, Ordering::Release);
+        if let Some(watcher) = self.watcher.take()
+            && watcher.join().is_err()
+        {
+            log::error!("the thread that watches the device panicked");
+        }
+    }
+}
+
+impl Operations {
+    fn find(&self, id: u64) -> Result<&Entry, ControlError> {
+        let found = self.list.iter().find(|entry| entry.id == id);
+        found.ok_or(ControlError::UnknownOperation(id))
+    }
+}
+
+impl Entry {
+    fn operation(&self) -> Operation {
+        let progress = self.resize.progress();
+        let (state, superseded_by) = match progress.state {
+            ResizeState::Converging => (OperationState::Converging, None),
+            ResizeState::Stalled { .. } => (OperationState::Stalled, None),
+            ResizeState::Settled => (OperationState::Settled, None),
+            ResizeState::Superseded { by } => (OperationState::Superseded, Some(by)),
+            ResizeState::Cancelled => (OperationState::Cancelled, None),
+        };
+        Operation {
+            id: self.id,
+            requested_size: progress.requested_size,
+            plugged_size: progress.plugged_size,
+            state,
+            superseded_by,
+        }
+    }
+}
+
+/// What an event is made of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Seen {
+    sizes: [u64; 3],
+    frozen: bool,
+    refused: Option<Answer>,
+    failed: bool,
+}
+
+impl From<&Status> for Seen {
+    fn from(status: &Status) -> Self {
+        let answer = status.last_answer.map(|(answer, _)| answer);
+        Self {
+            sizes: [
+                status.requested_size,
+                status.plugged_size,
+                status.usable_region_size,
+            ],
+            frozen: status.frozen,
+            refused: answer.filter(|answer| *answer != Answer::Ack),
+            failed: status.failure.is_some(),
+        }
+    }
+}
+
+impl Shared {
+    fn new(device: Handle, events: Events) -> Arc<Self> {
+        Arc::new(Self {
+            device,
+            events,
+            operations: Mutex::default(),
+            end: AtomicBool::new(false),
+        })
+    }
+
+    fn operations(&self) -> MutexGuard<'_, Operations> {
+        // Nothing is left half done under it.
+        self.operations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, event: Event) {
+        // An error is that nobody listens.
+        let _ = self.events.send(event);
+    }
+
+    fn watch(&self) {
+        let mut seen = Seen::from(&self.device.status());
+        while !self.end.load(Ordering::Acquire) {
+            let deadline = Instant::now() + WATCH_INTERVAL;
+            let changed = |status: &Status| Seen::from(status) != seen;
+            if let Ok(status) = self.device.wait_until(deadline, changed) {
+                let now = Seen::from(&status);
+                self.tell_changes(&seen, &now, &status);
+                seen = now;
+            }
+            self.announce();
+        }
+    }
+
+    fn tell_changes(&self, before: &Seen, now: &Seen, status: &Status) {
+        if now.sizes != before.sizes {
+            self.tell(Event::Sizes {
+                requested_size: status.requested_size,
+                plugged_size: status.plugged_size,
+                usable_region_size: status.usable_region_size,
+            });
+        }
+        if now.frozen != before.frozen {
+            self.tell(match now.frozen {
+                true => Event::Frozen,
+                false => Event::Thawed,
+            });
+        }
+        if let Some(answer) = now.refused
+            && now.refused != before.refused
+        {
+            self.tell(Event::Refused {
+                answer: answer.name(),
+            });
+        }
+        if let Some(failure) = &status.failure
+            && !before.failed
+        {
+            self.tell(Event::Failed {
+                reason: failure.to_string(),
+            });
+        }
+    }
+
+    /// Tells of the operations that have ended since.
+    fn announce(&self) {
+        for entry in &mut self.operations().list {
+            if entry.announced {
+                continue;
+            }
+            let operation = entry.operation();
+            if operation.state.is_final() {
+                entry.announced = true;
+                self.tell(Event::Operation(operation));
+            }
+        }
+    }
+}
