@@ -1,5 +1,6 @@
 //! What the integration tests share: machines with a memory device, and what must always hold of them.
 
+pub mod openapi;
 pub mod random;
 pub mod rig;
 pub mod traces;

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::client::conn::http1;
-use hyper::header::HOST;
-use hyper::{Method, Request};
+use hyper::header::{HOST, HeaderValue};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use thiserror::Error;
@@ -49,27 +49,13 @@ pub fn request(
     path: &str,
     body: Option<&Value>,
 ) -> Result<Value, ClientError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()?;
     let body = body.map(Value::to_string).unwrap_or_default();
     let request = Request::builder()
         .method(method)
         .uri(path)
-        .header(HOST, "localhost")
-        .body(Full::new(Bytes::from(body)))
+        .body(Bytes::from(body))
         .map_err(|error| ClientError::Protocol(error.to_string()))?;
-    runtime.block_on(send(socket, request))
-}
-
-async fn send(socket: &Path, request: Request<Full<Bytes>>) -> Result<Value, ClientError> {
-    let connected = UnixStream::connect(socket).await;
-    let stream = connected.map_err(|error| ClientError::Connect(socket.to_owned(), error))?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    // Ends with `sender`, or with an error that the request gets too.
-    tokio::spawn(connection);
-    let (head, body) = sender.send_request(request).await?.into_parts();
-    let body = body.collect().await?.to_bytes();
+    let (head, body) = exchange(socket, request)?.into_parts();
     let value = match body.is_empty() {
         true => Value::Null,
         false => serde_json::from_slice(&body)
@@ -82,5 +68,30 @@ async fn send(socket: &Path, request: Request<Full<Bytes>>) -> Result<Value, Cli
     Err(ClientError::Refused {
         status: head.status.as_u16(),
         message: message.to_owned(),
+    })
+}
+
+/// Sends one request, on a connection of its own, and waits for the whole answer, whatever that is.
+///
+/// # Errors
+///
+/// [`ClientError`] if there is none.
+pub fn exchange(socket: &Path, request: Request<Bytes>) -> Result<Response<Bytes>, ClientError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    runtime.block_on(async {
+        let connected = UnixStream::connect(socket).await;
+        let stream = connected.map_err(|error| ClientError::Connect(socket.to_owned(), error))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        // Ends with `sender`, or with an error that the request gets too.
+        tokio::spawn(connection);
+        let (mut head, body) = request.into_parts();
+        let host = HeaderValue::from_static("localhost");
+        head.headers.entry(HOST).or_insert(host);
+        let request = Request::from_parts(head, Full::new(body));
+        let (head, body) = sender.send_request(request).await?.into_parts();
+        let body = body.collect().await?.to_bytes();
+        Ok(Response::from_parts(head, body))
     })
 }

@@ -270,23 +270,18 @@ impl MemoryConfig {
     }
 }
 
-/// The body of `PATCH /hotplug/memory` and `POST /operations`.
+/// The body of `PATCH /hotplug/memory` and `POST /operations`: an object with one of these.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SizeUpdate {
-    requested_size_mib: Option<u32>,
-    requested_size: Option<Size>,
+#[serde(rename_all = "snake_case")]
+enum SizeUpdate {
+    RequestedSizeMib(u32),
+    RequestedSize(Size),
 }
 
 fn resize(body: &Bytes, instance: &Instance) -> Result<Operation, ApiError> {
-    let update: SizeUpdate = read(body)?;
-    let size = match (update.requested_size_mib, update.requested_size) {
-        (Some(mib), None) => u64::from(mib) * MIB,
-        (None, Some(Size(bytes))) => bytes,
-        _ => {
-            let message = "either requested_size_mib or requested_size";
-            return Err(ApiError::bad_request(message));
-        }
+    let size = match read(body)? {
+        SizeUpdate::RequestedSizeMib(mib) => u64::from(mib) * MIB,
+        SizeUpdate::RequestedSize(Size(bytes)) => bytes,
     };
     Ok(instance.with(|device| device.resize(size))?)
 }

@@ -1,0 +1,758 @@
+//! The control API: server and document are one, bad requests do no harm, and what it says of a guest is so.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use hyper::body::Bytes;
+use hyper::{Method, Request, Response};
+use integration_tests::openapi::{Document, Endpoint};
+use integration_tests::random::{Random, seed};
+use serde_json::{Value, json};
+use vmm_harness::api::client::exchange;
+use vmm_harness::api::{ApiServer, Limits};
+use vmm_harness::control::Instance;
+use vmm_harness::demo::DemoOptions;
+use vmm_harness::vfio_user::ServerSocket;
+use vmm_harness::{GuestKind, open_kvm};
+
+const MIB: u64 = 1 << 20;
+
+/// Bytes of a body the servers here take.
+const BODY_LIMIT: usize = 32 << 10;
+
+/// A server, and the guest it controls.
+struct Rig {
+    socket: PathBuf,
+    instance: Arc<Instance>,
+    _server: ApiServer,
+}
+
+impl Rig {
+    /// A guest of 256 MiB that can have 512 MiB more, and has no work to do unless told so.
+    fn new(guest: GuestKind, worker_pages: u64) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("vmem-api-{}-{number}.sock", std::process::id());
+        let socket = std::env::temp_dir().join(name);
+        let options = DemoOptions {
+            region: 512 * MIB,
+            targets: Some(vec![0]),
+            guest,
+            worker_pages,
+            ..DemoOptions::default()
+        };
+        let instance = Arc::new(Instance::new(options).unwrap());
+        let limits = Limits {
+            streams: 1,
+            body: BODY_LIMIT,
+            body_time: Duration::from_millis(200),
+            head_time: Duration::from_secs(1),
+            ..Limits::default()
+        };
+        let listener = ServerSocket::bind(&socket).unwrap();
+        let server = ApiServer::start(listener, Arc::clone(&instance), limits).unwrap();
+        Self {
+            socket,
+            instance,
+            _server: server,
+        }
+    }
+
+    fn started(guest: GuestKind, worker_pages: u64) -> Self {
+        let rig = Self::new(guest, worker_pages);
+        rig.instance.start(None).unwrap();
+        rig
+    }
+
+    fn send(&self, method: &str, path: &str, body: impl Into<Bytes>) -> Response<Bytes> {
+        let request = Request::builder()
+            .method(Method::from_bytes(method.as_bytes()).unwrap())
+            .uri(path)
+            .body(body.into())
+            .unwrap();
+        let answer = exchange(&self.socket, request);
+        answer.unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    }
+
+    /// Status and body of an answer in JSON.
+    fn json(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
+        let body = match body {
+            Value::Null => String::new(),
+            body => body.to_string(),
+        };
+        let answer = self.send(method, path, body);
+        let value = serde_json::from_slice(answer.body()).unwrap_or(Value::Null);
+        (answer.status().as_u16(), value)
+    }
+
+    fn get(&self, path: &str) -> Value {
+        let (status, value) = self.json("GET", path, &Value::Null);
+        assert_eq!(status, 200, "{path}: {value}");
+        value
+    }
+
+    /// Asks for a size, and waits until it is there.
+    fn resize(&self, bytes: u64) {
+        let (status, operation) =
+            self.json("POST", "/operations", &json!({"requested_size": bytes}));
+        assert_eq!(status, 201, "{operation}");
+        let ended = self.get(&format!("/operations/{}?wait=1m", operation["id"]));
+        assert_eq!(ended["state"], "settled", "{ended}");
+    }
+
+    /// Bytes as they are, on a connection of their own; everything that comes back until the server closes it.
+    fn raw(&self, bytes: &[u8]) -> String {
+        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        // A server that has refused the beginning need not read the rest.
+        let _ = stream.write_all(bytes);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// All there is to know, but for what a guest counts while it runs.
+    fn state(&self) -> Value {
+        let blocks = match self.json("GET", "/hotplug/memory/blocks", &Value::Null) {
+            (200, blocks) => blocks,
+            (status, _) => json!(status),
+        };
+        let operations = self.json("GET", "/operations", &Value::Null);
+        json!([
+            self.get("/"),
+            self.get("/hotplug/memory"),
+            blocks,
+            operations.1
+        ])
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let _ = self.instance.stop();
+    }
+}
+
+/// Runs `test` on a guest in this process, and on KVM where there is KVM.
+fn on_both(name: &str, test: fn(GuestKind)) {
+    test(GuestKind::InProcess);
+    match open_kvm() {
+        Ok(_) => test(GuestKind::Kvm),
+        Err(reason) => {
+            assert!(std::env::var_os("VMEM_REQUIRE_KVM").is_none(), "{reason}");
+            // Past the harness, which hides what passing tests print.
+            let mut stderr = std::io::stderr().lock();
+            writeln!(stderr, "SKIPPED {name} on KVM: {reason}").unwrap();
+        }
+    }
+}
+
+/// Checks answers against the document, and notes which were seen.
+struct Conformance {
+    document: Document,
+    seen: BTreeSet<(Endpoint, u16)>,
+}
+
+impl Conformance {
+    fn check(
+        &mut self,
+        rig: &Rig,
+        endpoint: &Endpoint,
+        target: &str,
+        body: &str,
+    ) -> Response<Bytes> {
+        let answer = rig.send(&endpoint.method, target, body.to_owned());
+        let headers = answer.headers();
+        let header = |name: &str| headers.get(name).map(|value| value.to_str().unwrap());
+        self.check_parts(endpoint, answer.status().as_u16(), &header, answer.body());
+        answer
+    }
+
+    fn check_parts<'a>(
+        &mut self,
+        endpoint: &Endpoint,
+        status: u16,
+        header: &dyn Fn(&str) -> Option<&'a str>,
+        body: &[u8],
+    ) {
+        let document = &self.document;
+        let text = String::from_utf8_lossy(body);
+        let what = format!("{endpoint:?}: {status} {text}");
+        assert!(
+            document.statuses(endpoint).contains(&status),
+            "undocumented: {what}"
+        );
+        for name in document.headers(endpoint, status) {
+            assert!(header(&name).is_some(), "no {name}: {what}");
+        }
+        match document.response(endpoint, status) {
+            None => assert!(body.is_empty(), "{what}"),
+            Some((content_type, schema)) => {
+                assert_eq!(header("content-type"), Some(content_type), "{what}");
+                if content_type == "application/json" {
+                    let value: Value = serde_json::from_slice(body).unwrap();
+                    let checked = document
+                        .validator(schema)
+                        .validate(&value)
+                        .map_err(|error| error.to_string());
+                    assert_eq!(checked, Ok(()), "{what}");
+                }
+            }
+        }
+        self.seen.insert((endpoint.clone(), status));
+    }
+}
+
+fn endpoint(method: &str, path: &str) -> Endpoint {
+    Endpoint {
+        path: path.into(),
+        method: method.into(),
+    }
+}
+
+/// Every status of every method of every path in the document is given, with the body and the headers it says.
+#[test]
+fn server_answers_as_the_document_says() {
+    let mut conformance = Conformance {
+        document: Document::new(),
+        seen: BTreeSet::new(),
+    };
+    let rig = Rig::new(GuestKind::InProcess, 64);
+    let mut ok =
+        |rig: &Rig, method: &str, path: &str, id: &str, query: &str, body: &Value, status: u16| {
+            let target = format!("{}{query}", path.replace("{id}", id));
+            let body = match body {
+                Value::Null => String::new(),
+                body => body.to_string(),
+            };
+            let answer = conformance.check(rig, &endpoint(method, path), &target, &body);
+            assert_eq!(
+                answer.status().as_u16(),
+                status,
+                "{method} {target}: {:?}",
+                answer.body()
+            );
+            serde_json::from_slice(answer.body()).unwrap_or(Value::Null)
+        };
+    let none = &Value::Null;
+    let memory = "/hotplug/memory";
+    ok(&rig, "GET", "/", "", "", none, 200);
+    assert_eq!(
+        ok(&rig, "GET", memory, "", "", none, 200)["state"],
+        "Not started"
+    );
+    let config = json!({"total_size_mib": 1024, "block_size_mib": 4, "slot_size_mib": 256});
+    ok(&rig, "PUT", memory, "", "", &config, 204);
+    let status = ok(&rig, "GET", memory, "", "", none, 200);
+    for (field, value) in config.as_object().unwrap() {
+        assert_eq!(&status[field], value, "{field}");
+    }
+    ok(
+        &rig,
+        "PUT",
+        "/actions",
+        "",
+        "",
+        &json!({"action_type": "InstanceStart"}),
+        204,
+    );
+    assert_eq!(ok(&rig, "GET", "/", "", "", none, 200)["state"], "Running");
+    // What Firecracker's clients send, and what they look at.
+    ok(
+        &rig,
+        "PATCH",
+        memory,
+        "",
+        "",
+        &json!({"requested_size_mib": 512}),
+        204,
+    );
+    let ended = ok(&rig, "GET", "/operations/{id}", "1", "?wait=60s", none, 200);
+    assert_eq!(ended["state"], "settled");
+    let status = ok(&rig, "GET", memory, "", "", none, 200);
+    assert_eq!(
+        (&status["plugged_size_mib"], &status["requested_size_mib"]),
+        (&json!(512), &json!(512))
+    );
+    let blocks = ok(&rig, "GET", "/hotplug/memory/blocks", "", "", none, 200);
+    let letters = blocks["blocks"].as_str().unwrap();
+    assert_eq!((letters.matches('#').count(), letters.len()), (128, 256));
+    ok(&rig, "GET", "/hotplug/memory/state", "", "", none, 409);
+    ok(&rig, "PUT", "/hotplug/memory/freeze", "", "", none, 204);
+    let state = ok(&rig, "GET", "/hotplug/memory/state", "", "", none, 200);
+    assert_eq!(state["plugged_size"], 512 * MIB);
+    // Frozen, it cannot get on, and so can be given up.
+    let operation = ok(
+        &rig,
+        "POST",
+        "/operations",
+        "",
+        "",
+        &json!({"requested_size": "1G"}),
+        201,
+    );
+    assert_eq!(operation["reason"], "frozen");
+    let cancelled = ok(&rig, "DELETE", "/operations/{id}", "2", "", none, 200);
+    assert_eq!(cancelled["state"], "cancelled");
+    ok(&rig, "DELETE", "/operations/{id}", "2", "", none, 409);
+    ok(&rig, "PUT", "/hotplug/memory/thaw", "", "", none, 204);
+    for method in ["GET", "DELETE"] {
+        ok(&rig, method, "/operations/{id}", "77", "", none, 404);
+    }
+    let all = ok(&rig, "GET", "/operations", "", "", none, 200);
+    assert_eq!(all["operations"].as_array().unwrap().len(), 2);
+    ok(&rig, "GET", "/metrics", "", "", none, 200);
+    // In a new instance with the same options.
+    let other = Rig::new(GuestKind::InProcess, 64);
+    ok(&other, "PUT", memory, "", "", &config, 204);
+    ok(&other, "PUT", "/hotplug/memory/state", "", "", &state, 204);
+    assert_eq!(
+        ok(&other, "GET", memory, "", "", none, 200)["requested_size_mib"],
+        512
+    );
+
+    // The stream has no end; its head is enough here, and while it is open there is no place for another.
+    let mut stream = UnixStream::connect(&rig.socket).unwrap();
+    stream
+        .write_all(b"GET /events HTTP/1.1\r\nHost: vmem\r\n\r\n")
+        .unwrap();
+    let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
+    let head: Vec<_> = lines.by_ref().take_while(|line| !line.is_empty()).collect();
+    assert!(head[0].starts_with("HTTP/1.1 200"), "{head:?}");
+    assert!(
+        head.iter()
+            .any(|line| line.eq_ignore_ascii_case("content-type: text/event-stream"))
+    );
+    let events = endpoint("GET", "/events");
+    conformance.seen.insert((events.clone(), 200));
+    let answer = conformance.check(&rig, &events, "/events", "");
+    assert_eq!(answer.status().as_u16(), 429);
+
+    for endpoint in conformance.document.endpoints() {
+        let target = endpoint.path.replace("{id}", "1");
+        conformance.check(&rig, &endpoint, &format!("{target}?no=query"), "");
+        let large = " ".repeat(BODY_LIMIT + 1);
+        if conformance.document.statuses(&endpoint).contains(&413) {
+            conformance.check(&rig, &endpoint, &target, &large);
+        }
+        if conformance.document.statuses(&endpoint).contains(&408) {
+            let method = &endpoint.method;
+            let head =
+                format!("{method} {target} HTTP/1.1\r\nHost: vmem\r\nContent-Length: 9\r\n\r\n");
+            let answer = rig.raw(head.as_bytes());
+            let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+            let status = head[9..12].parse().unwrap();
+            let header = |name: &str| {
+                let mut lines = head.lines().filter_map(|line| line.split_once(": "));
+                lines
+                    .find(|(line, _)| line.eq_ignore_ascii_case(name))
+                    .map(|(_, value)| value)
+            };
+            conformance.check_parts(&endpoint, status, &header, body.as_bytes());
+        }
+    }
+    let documented: BTreeSet<_> = conformance
+        .document
+        .endpoints()
+        .into_iter()
+        .flat_map(|endpoint| {
+            let statuses = conformance.document.statuses(&endpoint);
+            statuses
+                .into_iter()
+                .map(move |status| (endpoint.clone(), status))
+        })
+        .collect();
+    let never: Vec<_> = documented.difference(&conformance.seen).collect();
+    assert!(never.is_empty(), "documented and never answered: {never:?}");
+}
+
+/// A request that must be refused.
+#[derive(Debug)]
+enum Bad {
+    Http {
+        method: String,
+        target: String,
+        body: Vec<u8>,
+    },
+    /// Not HTTP.
+    Bytes(Vec<u8>),
+}
+
+/// Makes a bad request out of the document.
+fn bad_request(document: &Document, random: &mut Random) -> Bad {
+    const METHODS: [&str; 9] = [
+        "GET", "PUT", "PATCH", "POST", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW",
+    ];
+    let endpoints = document.endpoints();
+    let endpoint = &endpoints[random.index(endpoints.len())];
+    let target = endpoint.path.replace("{id}", &random.below(4).to_string());
+    let http = |method: &str, target: String, body: Vec<u8>| Bad::Http {
+        method: method.into(),
+        target,
+        body,
+    };
+    let schema = document.request(endpoint);
+    match random.below(8) {
+        0 => {
+            let documented = |method: &&str| {
+                endpoints
+                    .iter()
+                    .any(|other| other.path == endpoint.path && other.method == **method)
+            };
+            let others: Vec<_> = METHODS
+                .into_iter()
+                .filter(|method| !documented(method))
+                .collect();
+            http(others[random.index(others.len())], target, Vec::new())
+        }
+        1 => {
+            let suffix = ["/", "/x", "%00", "/../", "//", ";a=b"][random.index(6)];
+            // "/" and "/" are "//"; "/operations/" names no operation.
+            http(&endpoint.method, format!("{target}{suffix}"), Vec::new())
+        }
+        2 => {
+            let query = [
+                "wait",
+                "wait=",
+                "wait=-1s",
+                "wait=2h",
+                "wait=1",
+                "x=y",
+                "wait=1s&x=y",
+            ][random.index(7)];
+            let body = schema.map_or(String::new(), |schema| {
+                document.example(schema, random).to_string()
+            });
+            http(
+                &endpoint.method,
+                format!("{target}?{query}"),
+                body.into_bytes(),
+            )
+        }
+        3 => Bad::Bytes(broken_http(random)),
+        4 if random.one_in(4) => http(&endpoint.method, target, vec![b' '; BODY_LIMIT + 1]),
+        _ => match schema {
+            None => http(&endpoint.method, target, b"{}".to_vec()),
+            Some(schema) => http(&endpoint.method, target, bad_body(document, schema, random)),
+        },
+    }
+}
+
+fn broken_http(random: &mut Random) -> Vec<u8> {
+    let text = match random.below(9) {
+        0 => "GET /hotplug/memory\r\n\r\n".into(),
+        1 => "GET /hotplug/memory HTTP/9.9\r\n\r\n".into(),
+        2 => "PATCH /hotplug/memory HTTP/1.1\r\nContent-Length: many\r\n\r\n".into(),
+        3 => "PATCH /hotplug/memory HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nXYZ\r\n".into(),
+        4 => "PATCH /hotplug/memory HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 30\r\n\r\n{}"
+            .into(),
+        5 => format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(1 << 16)),
+        6 => format!("GET / HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(200)),
+        7 => "GET / HTTP/1.1\r\nno colon\r\n\r\n".into(),
+        _ => {
+            let length = 1 + random.below(200);
+            // Not a letter, so not a method that is waited for.
+            let bytes: Vec<_> = (0..length)
+                .map(|_| 0x80 | random.below(128) as u8)
+                .collect();
+            return bytes;
+        }
+    };
+    text.into_bytes()
+}
+
+/// A body that `schema` does not allow, or that is no JSON.
+fn bad_body(document: &Document, schema: &Value, random: &mut Random) -> Vec<u8> {
+    let validator = document.validator(schema);
+    loop {
+        let mut value = document.example(schema, random);
+        let fields = value.as_object_mut().unwrap();
+        let names: Vec<_> = fields.keys().cloned().collect();
+        let name = &names[random.index(names.len())];
+        let junk = [
+            json!("much"),
+            json!(-1),
+            json!(1.5),
+            json!(true),
+            json!({}),
+            json!([]),
+            json!([null]),
+            json!(1e300),
+            json!(u64::MAX),
+            json!(""),
+            json!("1G "),
+            Value::Null,
+        ];
+        match random.below(5) {
+            0 => drop(fields.remove(name)),
+            1 => drop(fields.insert("unknown".into(), json!(1))),
+            2 => value = junk[random.index(junk.len())].clone(),
+            3 => {
+                let text = value.to_string();
+                return text[..1 + random.index(text.len() - 1)].into();
+            }
+            _ => drop(fields.insert(name.clone(), junk[random.index(junk.len())].clone())),
+        }
+        if !validator.is_valid(&value) {
+            return value.to_string().into_bytes();
+        }
+    }
+}
+
+#[test]
+fn thousand_bad_requests_are_refused_and_change_nothing() {
+    let mut random = Random::new(seed());
+    let document = Document::new();
+    let fault = document.validator(&document.schema("Fault"));
+    let fresh = Rig::new(GuestKind::InProcess, 0);
+    let running = Rig::started(GuestKind::InProcess, 0);
+    running.resize(128 * MIB);
+    for rig in [&fresh, &running] {
+        let before = rig.state();
+        for number in 0..500 {
+            let bad = bad_request(&document, &mut random);
+            match &bad {
+                Bad::Bytes(bytes) => {
+                    let answer = rig.raw(bytes);
+                    // hyper's own answer, which has no body; to what is no HTTP at all it gives none.
+                    let refused = answer.is_empty() || answer.starts_with("HTTP/1.1 4");
+                    assert!(refused, "{number}: {bad:?}: {answer}");
+                }
+                Bad::Http {
+                    method,
+                    target,
+                    body,
+                } => {
+                    let answer = rig.send(method, target, body.clone());
+                    let what = format!("{number}: {bad:?}: {answer:?}");
+                    assert!(answer.status().is_client_error(), "{what}");
+                    if method != "HEAD" {
+                        let reason = serde_json::from_slice(answer.body()).expect(&what);
+                        assert!(fault.is_valid(&reason), "{what}");
+                    }
+                }
+            }
+            if number % 100 == 99 {
+                assert_eq!(rig.state(), before, "by request {number}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sizes_the_device_cannot_have_are_refused_with_the_reason() {
+    let rig = Rig::started(GuestKind::InProcess, 0);
+    let before = rig.state();
+    for (body, reason) in [
+        (
+            json!({"requested_size": 1}),
+            "not a multiple of the block size",
+        ),
+        (json!({"requested_size": "1G"}), "exceed the region"),
+        (
+            json!({"requested_size_mib": 1}),
+            "not a multiple of the block size",
+        ),
+        (
+            json!({"requested_size_mib": u32::MAX}),
+            "not a multiple of the block size",
+        ),
+        (json!({"requested_size": 2, "requested_size_mib": 2}), ""),
+    ] {
+        for (method, path) in [("PATCH", "/hotplug/memory"), ("POST", "/operations")] {
+            let (status, fault) = rig.json(method, path, &body);
+            assert_eq!(status, 400, "{body}");
+            let message = fault["fault_message"].as_str().unwrap();
+            assert!(message.contains(reason), "{body}: {message}");
+        }
+    }
+    assert_eq!(rig.state(), before);
+    let fresh = Rig::new(GuestKind::InProcess, 0);
+    for config in [
+        json!({"total_size_mib": 3, "block_size_mib": 2}),
+        json!({"total_size_mib": 512, "block_size_mib": 3}),
+        json!({"total_size_mib": 512, "slot_size_mib": 3}),
+        json!({"total_size_mib": 0}),
+    ] {
+        let (status, fault) = fresh.json("PUT", "/hotplug/memory", &config);
+        assert_eq!(status, 400, "{config}: {fault}");
+    }
+    assert_eq!(fresh.get("/hotplug/memory")["total_size_mib"], 512);
+}
+
+/// Events of a stream until one that is `last`, all of them as the document says.
+fn events_until(
+    stream: &mut impl Iterator<Item = String>,
+    last: impl Fn(&Value) -> bool,
+) -> Vec<Value> {
+    let document = Document::new();
+    let schema = document.validator(&document.schema("Event"));
+    let mut events = Vec::new();
+    for line in stream {
+        let Some(data) = line.strip_prefix("data: ") else {
+            continue;
+        };
+        let event: Value = serde_json::from_str(data).unwrap();
+        assert!(schema.is_valid(&event), "{event}");
+        let done = last(&event);
+        events.push(event);
+        if done {
+            return events;
+        }
+    }
+    panic!("the stream ended: {events:?}");
+}
+
+#[test]
+fn operations_are_numbered_waited_for_superseded_and_told_of() {
+    on_both("operations", |guest| {
+        let rig = Rig::started(guest, 64);
+        let mut stream = UnixStream::connect(&rig.socket).unwrap();
+        stream
+            .write_all(b"GET /events HTTP/1.1\r\nHost: vmem\r\n\r\n")
+            .unwrap();
+        let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
+        // From here on nothing is missed.
+        assert!(lines.by_ref().any(|line| line == ": connected"));
+        rig.resize(256 * MIB);
+        assert_eq!(
+            rig.json("PUT", "/hotplug/memory/freeze", &Value::Null).0,
+            204
+        );
+        let (_, second) = rig.json("POST", "/operations", &json!({"requested_size_mib": 64}));
+        assert_eq!(second["id"], 2);
+        // It cannot be done, and so the wait ends with its time.
+        let waited = rig.get("/operations/2?wait=50ms");
+        assert_eq!(waited["reason"], "frozen", "{waited}");
+        assert_eq!(waited["plugged_size"], 256 * MIB);
+        let (_, third) = rig.json("POST", "/operations", &json!({"requested_size": "128M"}));
+        let superseded = rig.get("/operations/2?wait=1m");
+        assert_eq!(
+            (&superseded["state"], &superseded["superseded_by"]),
+            (&json!("superseded"), &json!(128 * MIB))
+        );
+        assert_eq!(rig.json("PUT", "/hotplug/memory/thaw", &Value::Null).0, 204);
+        let ended = rig.get(&format!("/operations/{}?wait=1m", third["id"]));
+        assert_eq!(
+            (&ended["state"], &ended["reason"]),
+            (&json!("settled"), &Value::Null)
+        );
+        let memory = rig.get("/hotplug/memory");
+        assert_eq!(
+            (&memory["plugged_size_mib"], &memory["reason"]),
+            (&json!(128), &Value::Null)
+        );
+
+        let events = events_until(&mut lines, |event| {
+            event["id"] == 3 && event["state"] == "settled"
+        });
+        let ends: Vec<_> = events
+            .iter()
+            .filter(|event| event["event"] == "operation")
+            .filter(|event| !["converging", "stalled"].contains(&event["state"].as_str().unwrap()))
+            .map(|event| {
+                (
+                    event["id"].as_u64().unwrap(),
+                    event["state"].as_str().unwrap(),
+                )
+            })
+            .collect();
+        assert_eq!(ends, [(1, "settled"), (2, "superseded"), (3, "settled")]);
+        for kind in ["frozen", "thawed", "sizes"] {
+            assert!(
+                events.iter().any(|event| event["event"] == kind),
+                "no {kind}: {events:?}"
+            );
+        }
+        let (_, status) = rig.instance.stop().unwrap();
+        assert_eq!(status.pages_wrong, 0);
+        assert!(status.pages_verified > 0);
+    });
+}
+
+#[test]
+fn restored_device_has_the_blocks_of_the_saved_one_and_its_guest_settles() {
+    on_both("restore", |guest| {
+        let saved = Rig::started(guest, 64);
+        saved.resize(192 * MIB);
+        let _ = saved.json("PUT", "/hotplug/memory/freeze", &Value::Null);
+        let state = saved.get("/hotplug/memory/state");
+        let count = |state: &Value| -> u32 {
+            let words = state["plugged"].as_array().unwrap().iter();
+            words.map(|word| word.as_u64().unwrap().count_ones()).sum()
+        };
+        assert_eq!(count(&state), 96);
+        let restored = Rig::new(guest, 64);
+        let damaged = {
+            let mut state = state.clone();
+            state["plugged_size"] = json!(64 * MIB);
+            state
+        };
+        let (status, fault) = restored.json("PUT", "/hotplug/memory/state", &damaged);
+        assert_eq!(status, 400, "{fault}");
+        assert_eq!(restored.json("PUT", "/hotplug/memory/state", &state).0, 204);
+        // What the guest makes of blocks from an earlier life, it comes to what is requested.
+        restored.resize(192 * MIB);
+        restored.resize(0);
+        assert_eq!(restored.json("PUT", "/hotplug/memory/state", &state).0, 400);
+        let (_, guest) = restored.instance.stop().unwrap();
+        assert_eq!(guest.pages_wrong, 0);
+    });
+}
+
+#[test]
+fn metrics_follow_the_device() {
+    let rig = Rig::started(GuestKind::InProcess, 64);
+    rig.resize(64 * MIB);
+    let answer = rig.send("GET", "/metrics", "");
+    let text = String::from_utf8(answer.body().to_vec()).unwrap();
+    // Devices of other tests have the same address; what only grows is at least what this one did.
+    for (series, least) in [
+        (
+            "virtio_mem_requests_total{region=\"0x100000000\",request=\"plug\",answer=\"ack\"}",
+            1.0,
+        ),
+        ("vmem_guest_plugged_bytes", (64 * MIB) as f64),
+        ("vmem_guest_pages_wrong_total", 0.0),
+    ] {
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        let value: f64 = value
+            .unwrap_or_else(|| panic!("no {series} in {text}"))
+            .parse()
+            .unwrap();
+        assert!(value >= least, "{series} {value}");
+    }
+    assert!(
+        text.contains("# TYPE virtio_mem_request_seconds histogram"),
+        "{text}"
+    );
+}
+
+#[test]
+fn silent_connections_are_closed_and_the_socket_is_its_users_only() {
+    use std::os::unix::fs::PermissionsExt;
+    let rig = Rig::new(GuestKind::InProcess, 0);
+    let mode = fs::metadata(&rig.socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    // More than are served at a time: those that say nothing lose their place.
+    let silent: Vec<_> = (0..Limits::default().connections)
+        .map(|_| UnixStream::connect(&rig.socket).unwrap())
+        .collect();
+    assert_eq!(rig.get("/")["state"], "Not started");
+    for mut stream in silent {
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).unwrap();
+    }
+}

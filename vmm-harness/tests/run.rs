@@ -1,0 +1,248 @@
+//! `vmem run` and its clients, as their users see them.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn vmem(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmem"));
+    command.args(args).env_remove("VMEM_API_SOCK");
+    command
+}
+
+fn output(args: &[&str]) -> (i32, String, String) {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = vmem(args).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (status.code().unwrap(), text(stdout), text(stderr))
+}
+
+/// A `vmem run` that listens.
+struct Running {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Running {
+    fn start(socket: &Path, args: &[&str]) -> Self {
+        let mut command = vmem(&["run", "--guest", "in-process"]);
+        command.args(args).arg("--api-sock").arg(socket);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        assert!(line.contains("control API at"), "{line}");
+        Self { child, stdout }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// The exit code and what else it has said.
+    fn end(mut self) -> (Option<i32>, String) {
+        let mut rest = String::new();
+        self.stdout.read_to_string(&mut rest).unwrap();
+        (self.child.wait().unwrap().code(), rest)
+    }
+}
+
+fn folder() -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("api.sock");
+    (folder, socket)
+}
+
+fn status(socket: &str) -> Value {
+    let (code, stdout, stderr) = output(&["status", "--json", "--api-sock", socket]);
+    assert_eq!(code, 0, "{stderr}");
+    serde_json::from_str(&stdout).unwrap()
+}
+
+#[test]
+fn signals_end_it_cleanly() {
+    for signal in [Signal::INT, Signal::TERM] {
+        let (_folder, socket) = folder();
+        let running = Running::start(&socket, &["--size", "64M"]);
+        running.signal(signal);
+        let (code, said) = running.end();
+        assert_eq!(code, Some(0), "{said}");
+        assert!(said.contains("the guest is done"), "{said}");
+        assert!(said.contains("wrong: 0"), "{said}");
+        assert!(!socket.exists());
+    }
+}
+
+#[test]
+fn live_socket_names_its_holder_and_a_stale_one_is_replaced() {
+    let (_folder, socket) = folder();
+    let path = socket.to_str().unwrap();
+    drop(UnixListener::bind(&socket).unwrap());
+    let running = Running::start(&socket, &[]);
+    let (code, _, stderr) = output(&["run", "--api-sock", path]);
+    assert_eq!(code, 1);
+    let holder = format!("in use: process {} answers", running.child.id());
+    assert!(stderr.contains(&holder), "{stderr}");
+    assert_eq!(status(path)["state"], "Running");
+    running.signal(Signal::KILL);
+    assert_eq!(running.end().0, None);
+    assert!(socket.exists(), "nobody was left to remove it");
+    let (code, _, stderr) = output(&["status", "--api-sock", path]);
+    assert_eq!(code, 1);
+    assert!(stderr.contains("nobody serves"), "{stderr}");
+    let running = Running::start(&socket, &[]);
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().0, Some(0));
+}
+
+#[test]
+fn options_win_over_the_file_and_samples_are_files() {
+    let (folder, socket) = folder();
+    let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources");
+    for name in ["run.toml", "run.json"] {
+        let file = samples.join(name);
+        let args = [
+            "--config",
+            file.to_str().unwrap(),
+            "--region",
+            "1G",
+            "--size",
+            "128M",
+        ];
+        let running = Running::start(&socket, &args);
+        let status = status(socket.to_str().unwrap());
+        assert_eq!(status["total_size_mib"], 1024, "an option");
+        assert_eq!(status["requested_size_mib"], 128, "an option");
+        assert_eq!(status["block_size_mib"], 2, "of the file");
+        running.signal(Signal::TERM);
+        assert_eq!(running.end().0, Some(0));
+    }
+    let file = folder.path().join("wrong.toml");
+    for (text, reason) in [
+        ("sise = \"1G\"", "unknown field `sise`"),
+        ("size = \"much\"", "a size"),
+        ("[machine]\nvcpus = \"two\"", "vcpus"),
+        ("[machine]\nblock-size = \"3M\"", "power of two"),
+    ] {
+        fs::write(&file, text).unwrap();
+        let args = [
+            "run",
+            "--config",
+            file.to_str().unwrap(),
+            "--api-sock",
+            socket.to_str().unwrap(),
+        ];
+        let (code, _, stderr) = output(&args);
+        assert_eq!(code, 2, "{text}: {stderr}");
+        assert!(stderr.contains(reason), "{text}: {stderr}");
+    }
+    let (code, _, stderr) = output(&["run"]);
+    assert_eq!(code, 2);
+    assert!(stderr.contains("--api-sock"), "{stderr}");
+}
+
+#[test]
+fn resize_freeze_snapshot_and_restore_have_their_exit_codes() {
+    let (folder, socket) = folder();
+    let api = ["--api-sock", socket.to_str().unwrap()];
+    let with = |args: &[&str], api: [&str; 2]| output(&[args, &api].concat());
+    let run = |args: &[&str]| with(args, api);
+    let running = Running::start(&socket, &[]);
+    let (code, stdout, stderr) = run(&["resize", "1G", "--wait"]);
+    assert_eq!(
+        (code, stdout.as_str()),
+        (0, "1 GiB of 1 GiB plugged\n"),
+        "{stderr}"
+    );
+    let file = folder.path().join("device.json");
+    let file = file.to_str().unwrap();
+    let (code, _, stderr) = run(&["snapshot", file]);
+    assert_eq!(code, 1);
+    assert!(stderr.contains("freeze it first"), "{stderr}");
+    assert_eq!(run(&["freeze"]).0, 0);
+    let (code, _, stderr) = run(&["resize", "256M", "--wait", "--deadline", "100ms"]);
+    assert_eq!(code, 4, "{stderr}");
+    assert!(
+        stderr.contains("1 GiB of 256 MiB plugged: the device is frozen"),
+        "{stderr}"
+    );
+    let (_, stdout, _) = run(&["status"]);
+    assert!(
+        stdout.contains("state      the device is frozen"),
+        "{stdout}"
+    );
+    assert!(!stdout.contains('\u{1b}'), "colours are for terminals");
+    assert_eq!(run(&["snapshot", file]).0, 0);
+    assert_eq!(run(&["thaw"]).0, 0);
+    assert_eq!(run(&["resize", "256M", "--wait"]).0, 0);
+    let (code, _, stderr) = run(&["resize", "1"]);
+    assert_eq!(code, 1);
+    assert!(stderr.contains("block size"), "{stderr}");
+    assert_eq!(run(&["restore", file]).0, 1, "it runs already");
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().0, Some(0));
+
+    let other = folder.path().join("other.sock");
+    let other_api = ["--api-sock", other.to_str().unwrap()];
+    let running = Running::start(&other, &["--no-start"]);
+    assert_eq!(with(&["resize", "1G"], other_api).0, 1, "there is no guest");
+    let (code, _, stderr) = with(&["restore", file], other_api);
+    assert_eq!(code, 0, "{stderr}");
+    // Asked for before it was saved, and done by the guest that found it restored.
+    assert_eq!(with(&["resize", "256M", "--wait"], other_api).0, 0);
+    running.signal(Signal::TERM);
+    let (code, said) = running.end();
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
+fn command_lines_that_make_no_sense_are_usage_errors() {
+    for args in [
+        &["resize"][..],
+        &["resize", "1G"],
+        &["status"],
+        &["resize", "1G", "--deadline", "30s", "--api-sock", "x"],
+        &[
+            "resize",
+            "1G",
+            "--wait",
+            "--deadline",
+            "soon",
+            "--api-sock",
+            "x",
+        ],
+        &["resize", "/nowhere.sock", "1G", "--wait"],
+        &["completions", "tcsh"],
+    ] {
+        assert_eq!(output(args).0, 2, "{args:?}");
+    }
+    assert_eq!(
+        output(&["resize", "1G", "--api-sock", "/nowhere.sock"]).0,
+        1
+    );
+}
+
+#[test]
+fn completions_know_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let (code, stdout, _) = output(&["completions", shell]);
+        assert_eq!(code, 0);
+        for word in ["resize", "snapshot", "api-sock"] {
+            assert!(stdout.contains(word), "{shell}: no {word}");
+        }
+    }
+}
