@@ -101,8 +101,10 @@ pub fn run(options: &RunOptions, output: &mut dyn Write) -> Result<(), RunError>
             break Some(outcome);
         }
     };
+    let stopped = instance.stop();
+    // Only now, so that who listens to events may hear of the end.
     drop(server);
-    let Some((outcome, guest)) = instance.stop() else {
+    let Some((outcome, guest)) = stopped else {
         return Ok(());
     };
     say(&format!(

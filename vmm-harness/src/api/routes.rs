@@ -59,6 +59,7 @@ impl From<InstanceError> for ApiError {
             // Also for what comes at the wrong time, as Firecracker does.
             InstanceError::NotStarted
             | InstanceError::Started
+            | InstanceError::Ended
             | InstanceError::Guest(_)
             | InstanceError::Control(ControlError::Resize(_)) => StatusCode::BAD_REQUEST,
         };

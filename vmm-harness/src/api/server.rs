@@ -53,7 +53,7 @@ impl Default for Limits {
         Self {
             connections: 32,
             streams: 8,
-            // A saved state of 512 Gi blocks of 2 MiB in a TiB is below half of it.
+            // The state of a TiB in blocks of 2 MiB is a fifth of it.
             body: 1 << 20,
             head_time: Duration::from_secs(10),
             body_time: Duration::from_secs(10),
@@ -251,7 +251,7 @@ impl Api {
             // What the event says does not matter, nor that some were lost: each is worth a look.
             let look = deadline.min(Instant::now() + WAIT_INTERVAL);
             if let Ok(Err(RecvError::Closed)) = timeout_at(look, events.recv()).await {
-                return Err(InstanceError::NotStarted.into());
+                return Err(InstanceError::Ended.into());
             }
         }
     }

@@ -30,6 +30,9 @@ pub enum InstanceError {
     /// The guest must not run yet for this.
     #[error("not possible after the guest was started")]
     Started,
+    /// The guest is gone.
+    #[error("not possible after the guest has ended")]
+    Ended,
     /// The options do not go together, or the guest does not start with them.
     #[error(transparent)]
     Guest(#[from] DemoError),
@@ -271,7 +274,7 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// [`InstanceError::NotStarted`], and what `f` says.
+    /// [`InstanceError::NotStarted`], [`InstanceError::Ended`], and what `f` says.
     pub fn with<T>(
         &self,
         f: impl FnOnce(&Controller) -> Result<T, ControlError>,
@@ -321,7 +324,7 @@ impl Instance {
                     reason,
                 )
             }
-            Phase::Stopped => return Err(InstanceError::NotStarted),
+            Phase::Stopped => return Err(InstanceError::Ended),
         };
         drop(phase);
         Ok(MemoryStatus {
@@ -349,7 +352,7 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// [`InstanceError::NotStarted`].
+    /// [`InstanceError::NotStarted`], [`InstanceError::Ended`].
     pub fn reason(&self) -> Result<Option<Reason>, InstanceError> {
         let phase = self.read();
         let started = started(&phase)?;
@@ -360,7 +363,7 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// [`InstanceError::NotStarted`].
+    /// [`InstanceError::NotStarted`], [`InstanceError::Ended`].
     pub fn blocks(&self) -> Result<(Geometry, BlockMap, BlockMap), InstanceError> {
         let phase = self.read();
         let started = started(&phase)?;
@@ -401,6 +404,7 @@ impl Instance {
 fn started(phase: &Phase) -> Result<&Started, InstanceError> {
     match phase {
         Phase::Started(started) => Ok(started),
-        Phase::NotStarted(_) | Phase::Stopped => Err(InstanceError::NotStarted),
+        Phase::NotStarted(_) => Err(InstanceError::NotStarted),
+        Phase::Stopped => Err(InstanceError::Ended),
     }
 }
