@@ -12,7 +12,7 @@ use virtio_mem::wire::{BlockMap, BlockRange, BlockState};
 
 use super::metrics;
 use crate::Size;
-use crate::control::{ControlError, Instance, InstanceError, Operation};
+use crate::control::{ControlError, Controller, Instance, InstanceError, Operation};
 
 /// The longest a request may wait for the end of an operation.
 const MAX_WAIT: Duration = Duration::from_secs(3600);
@@ -64,6 +64,12 @@ impl From<InstanceError> for ApiError {
             | InstanceError::Control(ControlError::Resize(_)) => StatusCode::BAD_REQUEST,
         };
         Self::new(status, format!("{:#}", anyhow::Error::from(error)))
+    }
+}
+
+impl From<ControlError> for ApiError {
+    fn from(error: ControlError) -> Self {
+        InstanceError::from(error).into()
     }
 }
 
@@ -204,11 +210,11 @@ impl Resource {
             Self::Memory => Answer::Json(json!(instance.memory()?)),
             Self::Blocks => Answer::Json(blocks(instance)?),
             Self::Freeze => {
-                instance.with(|device| Ok(device.freeze()))?;
+                instance.with(Controller::freeze)?;
                 Answer::Done(None)
             }
             Self::Thaw => {
-                instance.with(|device| Ok(device.thaw()))?;
+                instance.with(Controller::thaw)?;
                 Answer::Done(None)
             }
             Self::State if is(Method::PUT) => {
@@ -216,7 +222,7 @@ impl Resource {
                 Answer::Done(None)
             }
             Self::State => {
-                let state = instance.with(|device| device.save())?;
+                let state = instance.with(Controller::save)??;
                 Answer::Json(json!(state))
             }
             Self::Operations if is(Method::POST) => {
@@ -224,15 +230,15 @@ impl Resource {
                 Answer::Created(operation.id, described(&operation, instance)?)
             }
             Self::Operations => {
-                let operations = instance.with(|device| Ok(device.operations()))?;
+                let operations = instance.with(Controller::operations)?;
                 Answer::Json(json!({ "operations": operations }))
             }
             Self::Operation(id) if is(Method::DELETE) => {
-                let operation = instance.with(|device| device.cancel(id))?;
+                let operation = instance.with(|device| device.cancel(id))??;
                 Answer::Json(described(&operation, instance)?)
             }
             Self::Operation(id) => {
-                let operation = instance.with(|device| device.operation(id))?;
+                let operation = instance.with(|device| device.operation(id))??;
                 Answer::Json(described(&operation, instance)?)
             }
             Self::Metrics => Answer::Metrics(metrics::render(instance)),
@@ -264,11 +270,14 @@ struct MemoryConfig {
 
 impl MemoryConfig {
     fn apply(&self, options: &mut crate::demo::DemoOptions) {
-        let bytes = |mib| u64::from(mib) * MIB;
         options.region = bytes(self.total_size_mib);
         options.block_size = self.block_size_mib.map_or(2 * MIB, bytes);
         options.slot_size = self.slot_size_mib.map(bytes);
     }
+}
+
+fn bytes(mib: u32) -> u64 {
+    u64::from(mib) * MIB
 }
 
 /// The body of `PATCH /hotplug/memory` and `POST /operations`: an object with one of these.
@@ -281,10 +290,10 @@ enum SizeUpdate {
 
 fn resize(body: &Bytes, instance: &Instance) -> Result<Operation, ApiError> {
     let size = match read(body)? {
-        SizeUpdate::RequestedSizeMib(mib) => u64::from(mib) * MIB,
+        SizeUpdate::RequestedSizeMib(mib) => bytes(mib),
         SizeUpdate::RequestedSize(Size(bytes)) => bytes,
     };
-    Ok(instance.with(|device| device.resize(size))?)
+    Ok(instance.with(|device| device.resize(size))??)
 }
 
 /// An operation, and what keeps it from its end.

@@ -245,7 +245,7 @@ impl Api {
         let mut events = self.instance.subscribe();
         loop {
             let operation = self.instance.with(|device| device.operation(id));
-            if operation?.state.is_final() || Instant::now() >= deadline {
+            if operation??.state.is_final() || Instant::now() >= deadline {
                 return Ok(());
             }
             // What the event says does not matter, nor that some were lost: each is worth a look.

@@ -274,12 +274,9 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// [`InstanceError::NotStarted`], [`InstanceError::Ended`], and what `f` says.
-    pub fn with<T>(
-        &self,
-        f: impl FnOnce(&Controller) -> Result<T, ControlError>,
-    ) -> Result<T, InstanceError> {
-        Ok(f(&started(&self.read())?.controller)?)
+    /// [`InstanceError::NotStarted`], [`InstanceError::Ended`].
+    pub fn with<T>(&self, f: impl FnOnce(&Controller) -> T) -> Result<T, InstanceError> {
+        Ok(f(&started(&self.read())?.controller))
     }
 
     /// The memory as it is now. Asks the guest, which may take a quarter of a second if it does not answer.

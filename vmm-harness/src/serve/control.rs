@@ -67,7 +67,9 @@ impl Command {
     pub fn execute(self, device: &Handle) -> Result<Report, LineError> {
         let controller = Controller::new(device.clone());
         match self {
-            Self::Resize(size) => drop(controller.resize(size)?),
+            Self::Resize(size) => {
+                controller.resize(size)?;
+            }
             Self::Freeze => controller.freeze(),
             Self::Thaw => controller.thaw(),
             Self::Status | Self::Quit => {}
