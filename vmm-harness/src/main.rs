@@ -1,6 +1,7 @@
 //! `vmem`: resize the memory of a running guest, and see that it works.
 
 use std::fmt;
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,9 +13,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use virtio_mem_driver::driver::{Mode, Strategy};
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
 use vmm_harness::linux::{
-    self, DeviceKind, KernelSeries, LinuxOptions, LinuxStep, Progress, SCRIPTS, Script,
+    self, DeviceKind, KernelSeries, LinuxError, LinuxOptions, LinuxStep, Matrix, MatrixOptions,
+    Progress, SCRIPTS, Script,
 };
 use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
+use vmm_harness::serve::control::Command as ControlCommand;
 use vmm_harness::serve::{self, ServeError, ServeOptions};
 use vmm_harness::{GuestKind, parse_size};
 
@@ -92,15 +95,21 @@ Exit codes:
 
 #[derive(Args)]
 struct LinuxArgs {
-    /// Series of the kernel
-    #[arg(long, value_enum, default_value_t = Kernel::V6_12)]
-    kernel: Kernel,
-    /// Memory device of the guest
-    #[arg(long, value_enum, default_value_t = Device::Ours)]
-    device: Device,
-    /// What to try; without it, the guest gives a prompt
-    #[arg(long, value_name = "NAME", value_parser = script_names())]
-    script: Option<String>,
+    /// Series of the kernel [default: 6.12; all of them with --matrix]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    kernel: Vec<Kernel>,
+    /// Memory device of the guest [default: ours; both with --matrix]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    device: Vec<Device>,
+    /// What to try; without it, the guest gives a prompt [default with --matrix: everything]
+    #[arg(long, value_name = "NAME", value_parser = script_names(), value_delimiter = ',')]
+    script: Vec<String>,
+    /// Try each script on each kernel with each device, compare the devices, and print a table
+    #[arg(long)]
+    matrix: bool,
+    /// Put the results between the marks of a document
+    #[arg(long, value_name = "FILE", requires = "matrix")]
+    report: Option<PathBuf>,
     /// Where packages are kept [default: $XDG_CACHE_HOME/vmem or ~/.cache/vmem]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
@@ -111,7 +120,7 @@ struct LinuxArgs {
     #[arg(long, value_name = "N", default_value_t = 10)]
     minutes: u64,
     /// Print one JSON document instead of the table
-    #[arg(long, requires = "script")]
+    #[arg(long)]
     json: bool,
 }
 
@@ -134,6 +143,25 @@ enum Device {
     Ours,
     /// QEMU's own virtio-mem-pci, as the reference
     Qemu,
+}
+
+impl From<Kernel> for KernelSeries {
+    fn from(kernel: Kernel) -> Self {
+        match kernel {
+            Kernel::V6_1 => Self::V6_1,
+            Kernel::V6_12 => Self::V6_12,
+            Kernel::V7_2 => Self::V7_2,
+        }
+    }
+}
+
+impl From<Device> for DeviceKind {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Ours => Self::Ours,
+            Device::Qemu => Self::Qemu,
+        }
+    }
 }
 
 /// Names of scripts, each with what it does.
@@ -385,23 +413,65 @@ fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
 
 fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
     let cache = args.cache.clone().or_else(linux::Cache::default_path);
+    let cache =
+        cache.context("neither XDG_CACHE_HOME nor HOME is set; name a folder with --cache")?;
+    let kernels: Vec<_> = args
+        .kernel
+        .iter()
+        .copied()
+        .map(KernelSeries::from)
+        .collect();
+    let devices: Vec<_> = args.device.iter().copied().map(DeviceKind::from).collect();
+    let named = args.script.iter().map(String::as_str);
+    let scripts: Vec<_> = named.filter_map(Script::named).collect();
+    let seed = args.seed.unwrap_or_else(linux::new_seed);
+    let random_for = Duration::from_secs(60 * args.minutes);
+    if args.matrix {
+        let all_kernels: Vec<_> = Kernel::value_variants()
+            .iter()
+            .copied()
+            .map(KernelSeries::from)
+            .collect();
+        let all_scripts: Vec<_> = SCRIPTS.iter().collect();
+        let options = MatrixOptions {
+            cache: &cache,
+            kernels: if kernels.is_empty() {
+                &all_kernels
+            } else {
+                &kernels
+            },
+            scripts: if scripts.is_empty() {
+                &all_scripts
+            } else {
+                &scripts
+            },
+            devices: if devices.is_empty() {
+                &[DeviceKind::Ours, DeviceKind::Qemu]
+            } else {
+                &devices
+            },
+            seed,
+            random_for,
+        };
+        return run_linux_matrix(&options, args);
+    }
+    let one = |what, count| {
+        (count <= 1)
+            .then_some(())
+            .context(format!("more than one {what} needs --matrix"))
+    };
+    one("kernel", kernels.len())?;
+    one("device", devices.len())?;
+    one("script", scripts.len())?;
     let options = LinuxOptions {
-        cache: &cache
-            .context("neither XDG_CACHE_HOME nor HOME is set; name a folder with --cache")?,
-        kernel: match args.kernel {
-            Kernel::V6_1 => KernelSeries::V6_1,
-            Kernel::V6_12 => KernelSeries::V6_12,
-            Kernel::V7_2 => KernelSeries::V7_2,
-        },
-        device: match args.device {
-            Device::Ours => DeviceKind::Ours,
-            Device::Qemu => DeviceKind::Qemu,
-        },
-        seed: args.seed.unwrap_or_else(linux::new_seed),
-        random_for: Duration::from_secs(60 * args.minutes),
+        cache: &cache,
+        kernel: kernels.first().copied().unwrap_or(KernelSeries::V6_12),
+        device: devices.first().copied().unwrap_or(DeviceKind::Ours),
+        seed,
+        random_for,
     };
     let mut progress = Progress::stderr();
-    let Some(script) = args.script.as_deref().and_then(Script::named) else {
+    let Some(script) = scripts.first() else {
         linux::run_prompt(&options, &mut progress)?;
         return Ok(ExitCode::SUCCESS);
     };
@@ -421,7 +491,7 @@ fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
         )?;
     }
     let mut written = Ok(());
-    let steps = linux::run_script(&options, script, &mut progress, &mut |step| {
+    let run = linux::run_script(&options, script, &mut progress, &mut |step| {
         if !args.json && written.is_ok() {
             written = linux_row(&mut out, step);
         }
@@ -429,12 +499,49 @@ fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
     written?;
     match args.json {
         true => {
-            serde_json::to_writer_pretty(&mut out, &steps)?;
+            serde_json::to_writer_pretty(&mut out, &run.steps)?;
             writeln!(out)?;
         }
-        false => writeln!(out, "ok: {} steps, every check held", steps.len())?,
+        false => writeln!(out, "ok: {} steps, every check held", run.steps.len())?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn run_linux_matrix(options: &MatrixOptions<'_>, args: &LinuxArgs) -> anyhow::Result<ExitCode> {
+    let mut out = io::stdout();
+    let mut show = |matrix: &Matrix| {
+        if let (false, Some(run)) = (args.json, matrix.runs().last()) {
+            let written = writeln!(out, "{}", matrix.line(run)).and_then(|()| out.flush());
+            written.map_err(LinuxError::file("/dev/stdout"))?;
+        }
+        // After each run: what has been found is not lost if the rest is not waited for.
+        match &args.report {
+            Some(path) => write_report(path, matrix, options),
+            None => Ok(()),
+        }
+    };
+    let matrix = linux::run_matrix(options, &mut Progress::stderr(), &mut show)?;
+    match args.json {
+        true => {
+            serde_json::to_writer_pretty(&mut out, &matrix)?;
+            writeln!(out)?;
+        }
+        false => write!(out, "{}", matrix.table())?,
+    }
+    Ok(ExitCode::from(u8::from(!matrix.is_green())))
+}
+
+fn write_report(
+    path: &Path,
+    matrix: &Matrix,
+    options: &MatrixOptions<'_>,
+) -> Result<(), LinuxError> {
+    let document = fs::read_to_string(path).map_err(LinuxError::file(path))?;
+    let generated = matrix.markdown(options);
+    let new = linux::replace_generated(&document, &generated);
+    let new =
+        new.ok_or_else(|| LinuxError::Unsupported(format!("{} has no marks", path.display())))?;
+    fs::write(path, new).map_err(LinuxError::file(path))
 }
 
 fn linux_row(out: &mut dyn Write, step: &LinuxStep) -> io::Result<()> {
@@ -454,7 +561,13 @@ fn linux_row(out: &mut dyn Write, step: &LinuxStep) -> io::Result<()> {
 }
 
 fn run_resize(socket: &Path, size: Option<u64>) -> anyhow::Result<ExitCode> {
-    println!("{}", linux::resize_at(socket, size)?);
+    let command = size.map_or(ControlCommand::Status, ControlCommand::Resize);
+    let report = linux::execute_at(socket, command)?;
+    println!(
+        "requested {}, plugged {}",
+        demo::size(report.requested_size),
+        demo::size(report.plugged_size)
+    );
     Ok(ExitCode::SUCCESS)
 }
 

@@ -10,6 +10,7 @@
 //! | which device it has | `device.rs` |
 //! | what is tried | `scripts.rs` |
 //! | what must hold | `session.rs`, `facts.rs` |
+//! | all of it on both devices | [`Matrix`] |
 
 mod apt;
 mod cache;
@@ -18,7 +19,9 @@ mod control;
 mod device;
 mod error;
 mod facts;
+mod host;
 mod initramfs;
+mod matrix;
 mod packages;
 mod progress;
 mod prompt;
@@ -33,9 +36,10 @@ use std::path::Path;
 use std::time::Duration;
 
 pub use cache::Cache;
-pub use control::resize_at;
-pub use device::{DeviceKind, DeviceStatus};
+pub use control::execute_at;
+pub use device::DeviceKind;
 pub use error::LinuxError;
+pub use matrix::{Matrix, MatrixOptions, MatrixRun, differences, replace_generated, run_matrix};
 pub use packages::KernelSeries;
 pub use progress::{Phase, Progress};
 pub use scripts::{SCRIPTS, Script};
@@ -62,7 +66,16 @@ pub struct LinuxOptions<'a> {
     pub random_for: Duration,
 }
 
-/// Boots a guest and runs a script with it; its steps.
+/// A script that has come to its end.
+#[derive(Debug)]
+pub struct LinuxRun {
+    /// Packages that were used, and their versions.
+    pub versions: Vec<String>,
+    /// What was done and seen.
+    pub steps: Vec<LinuxStep>,
+}
+
+/// Boots a guest and runs a script with it.
 ///
 /// `show` is told of each step once it is over.
 ///
@@ -74,14 +87,16 @@ pub fn run_script(
     script: &Script,
     progress: &mut Progress,
     show: &mut dyn FnMut(&LinuxStep),
-) -> Result<Vec<LinuxStep>, LinuxError> {
+) -> Result<LinuxRun, LinuxError> {
     let choices = scripts::Choices {
         seed: options.seed,
         random_for: options.random_for,
     };
     let mut session = Session::new(boot(options, script.setup(), progress)?, show);
     script.run(&mut session, &choices)?;
-    session.finish()
+    let versions = session.guest.versions.clone();
+    let steps = session.finish()?;
+    Ok(LinuxRun { versions, steps })
 }
 
 /// Boots a guest and gives its console to whoever sits at the terminal.
@@ -106,6 +121,7 @@ struct LinuxGuest {
     // Before the device, which is served to it until it ends.
     qemu: Qemu,
     device: Box<dyn MemoryDevice>,
+    versions: Vec<String>,
 }
 
 fn boot(
@@ -117,12 +133,17 @@ fn boot(
     let cache = Cache::open(options.cache)?;
     let provision = Provision::get(&cache, options.kernel, progress)?;
     let mut device = options.device.make();
-    for version in provision.versions()? {
-        progress.note(&version);
+    let versions = provision.versions()?;
+    for version in &versions {
+        progress.note(version);
     }
     progress.note(&format!("device: {}", device.name()));
     let qemu = Qemu::start(&provision, setup, device.as_mut(), progress)?;
-    Ok(LinuxGuest { qemu, device })
+    Ok(LinuxGuest {
+        qemu,
+        device,
+        versions,
+    })
 }
 
 /// A seed that is another one each time.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use super::control::Control;
+use super::device::Host;
 use super::{LinuxError, LinuxGuest, signals};
 
 /// Ctrl-], which leaves the console as it leaves telnet.
@@ -24,7 +25,7 @@ const END: u8 = 4;
 
 /// Passes bytes between terminal and console until the guest ends or the person leaves.
 pub(super) fn run(guest: &mut LinuxGuest, control: &Control) -> Result<(), LinuxError> {
-    let LinuxGuest { qemu, device } = guest;
+    let LinuxGuest { qemu, device, .. } = guest;
     qemu.console.send(SHELL.as_bytes())?;
     let _raw = RawTerminal::enter().map_err(LinuxError::file("/dev/stdin"))?;
     let mut input = Some(read_input());
@@ -48,12 +49,14 @@ pub(super) fn run(guest: &mut LinuxGuest, control: &Control) -> Result<(), Linux
             }
             Some(Err(TryRecvError::Empty)) | None => {}
         }
-        control.serve(|bytes| {
-            if let Some(bytes) = bytes {
-                device.resize(&mut qemu.qmp, bytes)?;
-            }
-            device.status(&mut qemu.qmp)
+        let pid = qemu.pid();
+        let quit = control.serve(|command| {
+            let qmp = &mut qemu.qmp;
+            device.execute(&mut Host { qmp, pid }, command)
         });
+        if quit {
+            return Ok(());
+        }
         if signals::interrupted() {
             return Err(LinuxError::Interrupted);
         }

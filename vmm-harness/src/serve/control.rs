@@ -1,9 +1,11 @@
 //! What an operator can ask of a device that is served, as lines of text.
 //!
-//! A line is answered by a JSON object on one line: the sizes after the command, or `{"error": …}`. The commands
-//! themselves know nothing of lines.
+//! A line is answered by a JSON object on one line: the sizes after the command, or `{"error": …}`, see [`answer`]. The
+//! commands themselves know nothing of lines.
 
-use serde::Serialize;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio_mem::{Handle, ResizeError};
 
@@ -20,19 +22,20 @@ pub enum Command {
     Freeze,
     /// End that.
     Thaw,
-    /// End the process.
+    /// End what serves the device.
     Quit,
 }
 
 /// The device after a command. All sizes are bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// What the driver is asked to have plugged.
     pub requested_size: u64,
     /// What is plugged.
     pub plugged_size: u64,
-    /// From the region's start, where blocks may be plugged.
-    pub usable_region_size: u64,
+    /// From the region's start, where blocks may be plugged; left out if the device does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usable_region_size: Option<u64>,
     /// Host memory behind the region.
     pub resident_size: u64,
     /// Whether requests are held off.
@@ -75,6 +78,32 @@ impl std::str::FromStr for Command {
     }
 }
 
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Resize(size) => write!(f, "resize {size}"),
+            Self::Status => f.write_str("status"),
+            Self::Freeze => f.write_str("freeze"),
+            Self::Thaw => f.write_str("thaw"),
+            Self::Quit => f.write_str("quit"),
+        }
+    }
+}
+
+/// Does what a line says by `execute`: the answer, and whether to quit after it has been given.
+pub fn answer<E: From<ControlError> + fmt::Display>(
+    line: &str,
+    execute: impl FnOnce(Command) -> Result<Report, E>,
+) -> (serde_json::Value, bool) {
+    let command = line.parse::<Command>();
+    let quit = matches!(command, Ok(Command::Quit));
+    let answer = match command.map_err(E::from).and_then(execute) {
+        Ok(report) => serde_json::json!(report),
+        Err(error) => serde_json::json!({ "error": error.to_string() }),
+    };
+    (answer, quit)
+}
+
 impl Command {
     /// Does it; the device afterwards. To quit is up to the caller.
     ///
@@ -92,7 +121,7 @@ impl Command {
         Ok(Report {
             requested_size: status.requested_size,
             plugged_size: status.plugged_size,
-            usable_region_size: status.usable_region_size,
+            usable_region_size: Some(status.usable_region_size),
             resident_size: device.resident_bytes().map_err(ControlError::Resident)?,
             frozen: status.frozen,
         })
@@ -117,6 +146,7 @@ mod tests {
             ("quit", Command::Quit),
         ] {
             assert_eq!(line.parse::<Command>().unwrap(), command);
+            assert_eq!(command.to_string().parse::<Command>().unwrap(), command);
         }
         for (line, error) in [
             ("", "unknown command \"\""),
@@ -139,7 +169,7 @@ mod tests {
         assert_eq!((report.requested_size, report.plugged_size), (16 << 20, 0));
         assert_eq!(
             (report.usable_region_size, report.resident_size),
-            (64 << 20, 0)
+            (Some(64 << 20), 0)
         );
         assert!(Command::Freeze.execute(&handle).unwrap().frozen);
         assert!(!Command::Thaw.execute(&handle).unwrap().frozen);

@@ -16,7 +16,6 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use vmm_sys_util::signal::register_signal_handler;
 
-use self::control::Command;
 use crate::vfio_user::{Server, ServerError, ServerSocket, SocketError};
 
 /// What to serve, and where.
@@ -138,14 +137,7 @@ pub fn run(
             Event::Signal => break,
             Event::Failed(error) => return Err(error.into()),
         };
-        let command = line.parse::<Command>();
-        let quit = matches!(command, Ok(Command::Quit));
-        let answer = command
-            .and_then(|command| command.execute(&handle))
-            .map_or_else(
-                |error| serde_json::json!({ "error": error.to_string() }),
-                |report| serde_json::json!(report),
-            );
+        let (answer, quit) = control::answer(&line, |command| command.execute(&handle));
         say(&answer)?;
         if quit {
             break;
