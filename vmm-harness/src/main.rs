@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::builder::{PossibleValue, PossibleValuesParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use virtio_mem_driver::driver::{Mode, Strategy};
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
 use vmm_harness::linux::{
@@ -88,12 +89,18 @@ Kernels, QEMU and a shell are Debian packages: fetched once, as any user, from t
 configuration, unpacked into the cache and not installed. What is in the cache is used without the network.
 Needs an amd64 machine with apt and dpkg, no KVM, and about 400 MB of disk.
 
+The prompt names a socket. It takes the lines of vmem serve and answers as it does; vmem resize speaks for people.
+
+With --matrix each script runs on each kernel with each device, and what device and guest have after each step is
+compared between the devices. About 35 minutes in all with --minutes 1; --script, --kernel and --device take lists.
+
 Exit codes:
-  0  the script held, or the prompt was left
+  0  every script held and the devices agree, or the prompt was left
   1  a check failed, or something could not be had or done; the error names it
   2  the options are wrong";
 
 #[derive(Args)]
+#[command(group(ArgGroup::new("work").args(["script", "matrix"]).multiple(true)))]
 struct LinuxArgs {
     /// Series of the kernel [default: 6.12; all of them with --matrix]
     #[arg(long, value_enum, value_delimiter = ',')]
@@ -120,7 +127,7 @@ struct LinuxArgs {
     #[arg(long, value_name = "N", default_value_t = 10)]
     minutes: u64,
     /// Print one JSON document instead of the table
-    #[arg(long)]
+    #[arg(long, requires = "work")]
     json: bool,
 }
 
@@ -455,14 +462,16 @@ fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
         };
         return run_linux_matrix(&options, args);
     }
-    let one = |what, count| {
-        (count <= 1)
-            .then_some(())
-            .context(format!("more than one {what} needs --matrix"))
-    };
-    one("kernel", kernels.len())?;
-    one("device", devices.len())?;
-    one("script", scripts.len())?;
+    for (what, count) in [
+        ("kernel", kernels.len()),
+        ("device", devices.len()),
+        ("script", scripts.len()),
+    ] {
+        if count > 1 {
+            let error = format!("more than one {what} needs --matrix");
+            Cli::command().error(ErrorKind::TooManyValues, error).exit();
+        }
+    }
     let options = LinuxOptions {
         cache: &cache,
         kernel: kernels.first().copied().unwrap_or(KernelSeries::V6_12),

@@ -141,7 +141,7 @@ mod tests {
         };
         let (answers, quit) = served(lines);
         let answers = answers.unwrap();
-        let report = serde_json::to_string(&REPORT).unwrap();
+        let report = serde_json::json!(REPORT).to_string();
         assert_eq!((answers.len(), quit), (3, false));
         assert_eq!([&answers[0], &answers[2]], [&report; 2]);
         assert!(answers[1].starts_with("{\"error\":\"unknown command"));

@@ -228,7 +228,7 @@ iomem   100000000-10fffffff : System RAM (virtio_mem)";
         // Block 32 is online, of block 33 the first 2 MiB are.
         let mut pages = String::new();
         for line in 0..128 {
-            let flags = if line <= 64 { 1 << 32 } else { 1 << 23 };
+            let flags = if line <= 64 { 1_u64 << 32 } else { 1 << 23 };
             pages += &format!("pages{:4} {flags:016x}\n", 32 + line / 64);
         }
         let (start, end) = (4096 * MIB, 4096 * MIB + 130 * MIB);
