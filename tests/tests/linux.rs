@@ -9,6 +9,9 @@ use vmm_harness::linux::{
     Cache, DeviceKind, KernelSeries, MatrixOptions, Progress, Script, run_matrix,
 };
 
+/// For the skip, which is counted by test.
+const TEST: &str = "linux_finds_nothing_amiss_and_the_same_as_with_qemus_device";
+
 /// Runs scripts on the kernel that boots anywhere; what each run said, `None` if it is not to be had here.
 fn matrix(scripts: &[&str], devices: &[DeviceKind]) -> Option<(bool, Vec<String>)> {
     let cache = std::env::var_os("VMEM_LINUX_CACHE")
@@ -37,8 +40,7 @@ fn matrix(scripts: &[&str], devices: &[DeviceKind]) -> Option<(bool, Vec<String>
             // `eprintln` would be captured, and a skip must be seen. Nobody is left to tell if this fails.
             let _ = writeln!(
                 std::io::stderr(),
-                "SKIPPED {}: packages cannot be had: {error}",
-                "linux_finds_nothing_amiss_and_the_same_as_with_qemus_device"
+                "SKIPPED {TEST}: packages cannot be had: {error}"
             );
             None
         }

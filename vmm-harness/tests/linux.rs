@@ -1,10 +1,6 @@
 //! `vmem linux` where it cannot do what it is asked: what it says, and what it leaves behind.
 
-#[expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test that cannot be set up may panic"
-)]
+#[expect(clippy::unwrap_used, reason = "a test that cannot be set up may panic")]
 mod linux {
     use std::fs;
     use std::io::Write;
@@ -39,7 +35,8 @@ mod linux {
     /// A configuration of apt's with `sources` and no others; none where there is no apt.
     fn apt_config(test: &str, dir: &Path, sources: &str) -> Option<std::path::PathBuf> {
         if Command::new("apt-get").arg("--version").output().is_err() {
-            writeln!(std::io::stderr(), "SKIPPED {test}: there is no apt-get").unwrap();
+            // Past the capture of the test runner. Nobody is left to tell if it fails.
+            let _ = writeln!(std::io::stderr(), "SKIPPED {test}: there is no apt-get");
             return None;
         }
         let (list, config) = (dir.join("sources.list"), dir.join("apt.conf"));
