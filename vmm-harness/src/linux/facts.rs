@@ -179,6 +179,8 @@ fn add(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
 
 #[cfg(test)]
 mod tests {
+    use std::slice;
+
     use super::*;
 
     const TEXT: &str = "/proc/meminfo:MemTotal:         541736 kB
@@ -233,7 +235,7 @@ iomem   100000000-10fffffff : System RAM (virtio_mem)";
         }
         let (start, end) = (4096 * MIB, 4096 * MIB + 130 * MIB);
         let differs = |runs: &[Range<u64>]| facts.misplaced(runs, &pages);
-        assert_eq!(differs(&[start..end]), None);
+        assert_eq!(differs(slice::from_ref(&(start..end))), None);
         assert_eq!(
             differs(&[start..start + 2 * MIB, start + 2 * MIB..end]),
             None
@@ -243,7 +245,7 @@ iomem   100000000-10fffffff : System RAM (virtio_mem)";
             start..end + 2 * MIB,
             start + 2 * MIB..end,
         ] {
-            assert!(differs(&[other.clone()]).is_some(), "{other:#x?}");
+            assert!(differs(slice::from_ref(&other)).is_some(), "{other:#x?}");
         }
         assert!(differs(&[start..end, end + 8 * MIB..end + 10 * MIB]).is_some());
         assert!(differs(&[]).is_some());
