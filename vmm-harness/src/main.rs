@@ -1,15 +1,26 @@
 //! `vmem`: resize the memory of a running guest, and see that it works.
 
 use std::fmt;
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use anyhow::Context;
+use clap::builder::{PossibleValue, PossibleValuesParser};
+use clap::error::ErrorKind;
+use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use virtio_mem_driver::driver::{Mode, Strategy};
-use vmm_harness::GuestKind;
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
+use vmm_harness::linux::{
+    self, DeviceKind, KernelSeries, LinuxError, LinuxOptions, LinuxStep, Matrix, MatrixOptions,
+    Progress, SCRIPTS, Script,
+};
 use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
+use vmm_harness::serve::control::Command as ControlCommand;
+use vmm_harness::serve::{self, ServeError, ServeOptions};
+use vmm_harness::{GuestKind, parse_size};
 
 /// Resizes the memory of a running guest through a virtio memory device.
 #[derive(Parser)]
@@ -30,6 +41,20 @@ enum Command {
     /// difference.
     #[command(after_help = REPLAY_HELP)]
     Replay(ReplayArgs),
+    /// Boots a stock Linux kernel in QEMU with a memory device, for a prompt or a script.
+    #[command(after_help = LINUX_HELP)]
+    Linux(LinuxArgs),
+    /// Resizes a guest of `vmem linux` from another terminal.
+    Resize {
+        /// The socket its prompt has named
+        socket: PathBuf,
+        /// The new size; without it, the state is printed
+        #[arg(value_parser = parse_size)]
+        size: Option<u64>,
+    },
+    /// Serves a memory device to VMMs that speak vfio-user, and resizes it as told on standard input.
+    #[command(after_help = SERVE_HELP)]
+    Serve(ServeArgs),
 }
 
 const EXIT_CODES: &str = "\
@@ -57,6 +82,117 @@ RUST_LOG=vmm_harness=debug names each place.
 Exit codes:
   0  every step of every file agrees
   1  a step differs, or a file cannot be replayed; the others are replayed all the same
+  2  the options are wrong";
+
+const LINUX_HELP: &str = "\
+Kernels, QEMU and a shell are Debian packages: fetched once, as any user, from the mirrors of this machine's apt
+configuration, unpacked into the cache and not installed. What is in the cache is used without the network.
+Needs an amd64 machine with apt and dpkg, no KVM, and about 400 MB of disk.
+
+The prompt names a socket. It takes the lines of vmem serve and answers as it does; vmem resize speaks for people.
+
+With --matrix each script runs on each kernel with each device, and what device and guest have after each step is
+compared between the devices. About 35 minutes in all with --minutes 1; --script, --kernel and --device take lists.
+
+Exit codes:
+  0  every script held and the devices agree, or the prompt was left
+  1  a check failed, or something could not be had or done; the error names it
+  2  the options are wrong";
+
+#[derive(Args)]
+#[command(group(ArgGroup::new("work").args(["script", "matrix"]).multiple(true)))]
+struct LinuxArgs {
+    /// Series of the kernel [default: 6.12; all of them with --matrix]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    kernel: Vec<Kernel>,
+    /// Memory device of the guest [default: ours; both with --matrix]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    device: Vec<Device>,
+    /// What to try; without it, the guest gives a prompt [default with --matrix: everything]
+    #[arg(long, value_name = "NAME", value_parser = script_names(), value_delimiter = ',')]
+    script: Vec<String>,
+    /// Try each script on each kernel with each device, compare the devices, and print a table
+    #[arg(long)]
+    matrix: bool,
+    /// Put the results between the marks of a document
+    #[arg(long, value_name = "FILE", requires = "matrix")]
+    report: Option<PathBuf>,
+    /// Where packages are kept [default: $XDG_CACHE_HOME/vmem or ~/.cache/vmem]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// Seed of what is random [default: a new one each time]
+    #[arg(long, value_name = "N", env = "VMEM_SEED")]
+    seed: Option<u64>,
+    /// How long `--script random` goes on
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    minutes: u64,
+    /// Print one JSON document instead of the table
+    #[arg(long, requires = "work")]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Kernel {
+    /// Debian 12's
+    #[value(name = "6.1")]
+    V6_1,
+    /// Debian 13's
+    #[value(name = "6.12")]
+    V6_12,
+    /// Debian 13's newest
+    #[value(name = "7.2")]
+    V7_2,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Device {
+    /// This project's, served to QEMU over vfio-user by vmem itself
+    Ours,
+    /// QEMU's own virtio-mem-pci, as the reference
+    Qemu,
+}
+
+impl From<Kernel> for KernelSeries {
+    fn from(kernel: Kernel) -> Self {
+        match kernel {
+            Kernel::V6_1 => Self::V6_1,
+            Kernel::V6_12 => Self::V6_12,
+            Kernel::V7_2 => Self::V7_2,
+        }
+    }
+}
+
+impl From<Device> for DeviceKind {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Ours => Self::Ours,
+            Device::Qemu => Self::Qemu,
+        }
+    }
+}
+
+/// Names of scripts, each with what it does.
+fn script_names() -> PossibleValuesParser {
+    SCRIPTS
+        .iter()
+        .map(|script| PossibleValue::new(script.name()).help(script.about()))
+        .collect::<Vec<_>>()
+        .into()
+}
+
+const SERVE_HELP: &str = "\
+Standard input takes lines, each answered by a line of JSON on standard output:
+  resize SIZE     ask the driver to have SIZE plugged
+  status          sizes only, as the other answers have them as well
+  freeze, thaw    hold requests off for a while
+  quit            end, as SIGINT and SIGTERM do
+
+The guest memory of the client must be shared and cover the region; a guest that is to leave the region to the device
+must not know it as RAM.
+
+Exit codes:
+  0  told to end
+  1  the socket is in use, or something could not be done; the error names it
   2  the options are wrong";
 
 #[derive(Args)]
@@ -115,6 +251,28 @@ struct ReplayArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct ServeArgs {
+    /// Where clients connect; its user only. A socket nobody listens to any more is replaced
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// Guest-physical address of the device-managed region
+    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
+    region_start: u64,
+    /// Size of the region
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_size)]
+    region_size: u64,
+    /// Size of a device block, a power of two; 2M if not given
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    block_size: Option<u64>,
+    /// Proximity domain of the memory
+    #[arg(long, value_name = "N")]
+    node: Option<u16>,
+    /// Size to ask the driver for at the start
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
+    size: u64,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Guest {
     /// On KVM if it can be used, else in this process
@@ -154,24 +312,22 @@ enum Backing {
     Hugetlb2m,
 }
 
-fn parse_size(text: &str) -> Result<u64, parse_size::Error> {
-    parse_size::Config::new().with_binary().parse_size(text)
-}
-
 fn main() -> ExitCode {
     env_logger::init();
     let cli = Cli::parse();
     let result = match cli.command {
         Some(Command::Demo(args)) => run_demo(&args),
         Some(Command::Replay(args)) => run_replay(&args),
+        Some(Command::Linux(args)) => run_linux(&args),
+        Some(Command::Resize { socket, size }) => run_resize(&socket, size),
+        Some(Command::Serve(args)) => run_serve(args),
         None => run_demo(&cli.demo),
     };
     match result {
         Ok(code) => code,
         Err(error) => {
-            let usage = error
-                .downcast_ref::<demo::DemoError>()
-                .is_some_and(demo::DemoError::is_usage);
+            let demo = error.downcast_ref().is_some_and(demo::DemoError::is_usage);
+            let usage = demo || error.downcast_ref().is_some_and(ServeError::is_usage);
             eprintln!("vmem: {error:#}");
             ExitCode::from(if usage { 2 } else { 1 })
         }
@@ -221,6 +377,19 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(if summary.rogue.is_some() { 3 } else { 0 }))
 }
 
+fn run_serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    let options = ServeOptions {
+        socket: args.socket,
+        region_start: args.region_start,
+        region_size: args.region_size,
+        block_size: args.block_size,
+        node_id: args.node,
+        requested_size: args.size,
+    };
+    serve::run(&options, io::stdin(), &mut io::stdout())?;
+    Ok(ExitCode::SUCCESS)
+}
+
 fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
     let mut out = io::stdout().lock();
     let mut totals = Totals::default();
@@ -247,6 +416,168 @@ fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
         writeln!(out, "{totals}")?;
     }
     Ok(ExitCode::from(u8::from(totals.agreeing < totals.files)))
+}
+
+fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
+    let cache = args.cache.clone().or_else(linux::Cache::default_path);
+    let cache =
+        cache.context("neither XDG_CACHE_HOME nor HOME is set; name a folder with --cache")?;
+    let kernels: Vec<_> = args
+        .kernel
+        .iter()
+        .copied()
+        .map(KernelSeries::from)
+        .collect();
+    let devices: Vec<_> = args.device.iter().copied().map(DeviceKind::from).collect();
+    let named = args.script.iter().map(String::as_str);
+    let scripts: Vec<_> = named.filter_map(Script::named).collect();
+    let seed = args.seed.unwrap_or_else(linux::new_seed);
+    let random_for = Duration::from_secs(60 * args.minutes);
+    if args.matrix {
+        let all_kernels: Vec<_> = Kernel::value_variants()
+            .iter()
+            .copied()
+            .map(KernelSeries::from)
+            .collect();
+        let all_scripts: Vec<_> = SCRIPTS.iter().collect();
+        let options = MatrixOptions {
+            cache: &cache,
+            kernels: if kernels.is_empty() {
+                &all_kernels
+            } else {
+                &kernels
+            },
+            scripts: if scripts.is_empty() {
+                &all_scripts
+            } else {
+                &scripts
+            },
+            devices: if devices.is_empty() {
+                &[DeviceKind::Ours, DeviceKind::Qemu]
+            } else {
+                &devices
+            },
+            seed,
+            random_for,
+        };
+        return run_linux_matrix(&options, args);
+    }
+    for (what, count) in [
+        ("kernel", kernels.len()),
+        ("device", devices.len()),
+        ("script", scripts.len()),
+    ] {
+        if count > 1 {
+            let error = format!("more than one {what} needs --matrix");
+            Cli::command().error(ErrorKind::TooManyValues, error).exit();
+        }
+    }
+    let options = LinuxOptions {
+        cache: &cache,
+        kernel: kernels.first().copied().unwrap_or(KernelSeries::V6_12),
+        device: devices.first().copied().unwrap_or(DeviceKind::Ours),
+        seed,
+        random_for,
+    };
+    let mut progress = Progress::stderr();
+    let Some(script) = scripts.first() else {
+        linux::run_prompt(&options, &mut progress)?;
+        return Ok(ExitCode::SUCCESS);
+    };
+    let mut out = io::stdout();
+    if !args.json {
+        writeln!(
+            out,
+            "{} on Linux {}, VMEM_SEED={}",
+            script.name(),
+            options.kernel.version(),
+            options.seed
+        )?;
+        writeln!(
+            out,
+            "{:>9} {:>9} {:>9} {:>6} {:>10} {:>11} {:>8}  step",
+            "requested", "plugged", "MemTotal", "blocks", "System RAM", "resident", "time"
+        )?;
+    }
+    let mut written = Ok(());
+    let run = linux::run_script(&options, script, &mut progress, &mut |step| {
+        if !args.json && written.is_ok() {
+            written = linux_row(&mut out, step);
+        }
+    })?;
+    written?;
+    match args.json {
+        true => {
+            serde_json::to_writer_pretty(&mut out, &run.steps)?;
+            writeln!(out)?;
+        }
+        false => writeln!(out, "ok: {} steps, every check held", run.steps.len())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_linux_matrix(options: &MatrixOptions<'_>, args: &LinuxArgs) -> anyhow::Result<ExitCode> {
+    let mut out = io::stdout();
+    let mut show = |matrix: &Matrix| {
+        if let (false, Some(run)) = (args.json, matrix.runs().last()) {
+            let written = writeln!(out, "{}", matrix.line(run)).and_then(|()| out.flush());
+            written.map_err(LinuxError::file("/dev/stdout"))?;
+        }
+        // After each run: what has been found is not lost if the rest is not waited for.
+        match &args.report {
+            Some(path) => write_report(path, matrix, options),
+            None => Ok(()),
+        }
+    };
+    let matrix = linux::run_matrix(options, &mut Progress::stderr(), &mut show)?;
+    match args.json {
+        true => {
+            serde_json::to_writer_pretty(&mut out, &matrix)?;
+            writeln!(out)?;
+        }
+        false => write!(out, "{}", matrix.table())?,
+    }
+    Ok(ExitCode::from(u8::from(!matrix.is_green())))
+}
+
+fn write_report(
+    path: &Path,
+    matrix: &Matrix,
+    options: &MatrixOptions<'_>,
+) -> Result<(), LinuxError> {
+    let document = fs::read_to_string(path).map_err(LinuxError::file(path))?;
+    let generated = matrix.markdown(options);
+    let new = linux::replace_generated(&document, &generated);
+    let new =
+        new.ok_or_else(|| LinuxError::Unsupported(format!("{} has no marks", path.display())))?;
+    fs::write(path, new).map_err(LinuxError::file(path))
+}
+
+fn linux_row(out: &mut dyn Write, step: &LinuxStep) -> io::Result<()> {
+    let size = |bytes| demo::size(bytes);
+    writeln!(
+        out,
+        "{:>9} {:>9} {:>9} {:>6} {:>10} {:>11} {:>6.1} s  {}",
+        size(step.requested),
+        size(step.plugged),
+        format!("+{}", size(step.mem_total)),
+        step.memory_blocks,
+        size(step.system_ram),
+        size(step.resident),
+        step.seconds,
+        step.what
+    )
+}
+
+fn run_resize(socket: &Path, size: Option<u64>) -> anyhow::Result<ExitCode> {
+    let command = size.map_or(ControlCommand::Status, ControlCommand::Resize);
+    let report = linux::execute_at(socket, command)?;
+    println!(
+        "requested {}, plugged {}",
+        demo::size(report.requested_size),
+        demo::size(report.plugged_size)
+    );
+    Ok(ExitCode::SUCCESS)
 }
 
 /// All files together.
