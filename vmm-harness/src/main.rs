@@ -313,7 +313,8 @@ enum Backing {
 }
 
 fn main() -> ExitCode {
-    env_logger::init();
+    // Warnings are for whoever runs it: what a client or a guest does wrong is told nowhere else.
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
     let cli = Cli::parse();
     let result = match cli.command {
         Some(Command::Demo(args)) => run_demo(&args),

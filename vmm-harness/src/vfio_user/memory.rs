@@ -81,6 +81,15 @@ impl ClientMemory {
                     "the map reaches beyond its file",
                 ));
             }
+            // QEMU cuts a PC's memory at 640 KiB and at 1 MiB, which no huge page ends at.
+            let page_size = LentFiles::page_size_of(&file)?;
+            if ![offset, size]
+                .into_iter()
+                .all(|value| value.is_multiple_of(page_size))
+            {
+                let error = "memory in huge pages is not supported";
+                return Err(io::Error::new(io::ErrorKind::Unsupported, error));
+            }
             let before = range.start..range.end.min(device.start);
             let after = range.start.max(device.end)..range.end;
             let file = Arc::new(file);
