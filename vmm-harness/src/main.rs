@@ -124,7 +124,7 @@ struct LinuxArgs {
     #[arg(long, value_name = "N", env = "VMEM_SEED")]
     seed: Option<u64>,
     /// How long `--script random` goes on
-    #[arg(long, value_name = "N", default_value_t = 10)]
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1440))]
     minutes: u64,
     /// Print one JSON document instead of the table
     #[arg(long, requires = "work")]
