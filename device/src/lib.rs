@@ -70,7 +70,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::EventFd;
 
-pub use backing::{Anonymous, Backing, Hugetlb, Memfd, PrivateFile};
+pub use backing::{Anonymous, Backing, Hugetlb, LentFiles, Memfd, PrivateFile};
 pub use builder::{BuildError, Builder};
 pub use counters::Counters;
 pub use device::{Interrupt, ResetError, Status};

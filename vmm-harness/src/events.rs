@@ -130,6 +130,15 @@ impl Remote {
             .call_blocking(move |ops| Ok(ops.add_subscriber(subscriber)))
     }
 
+    /// Waits until the loop has ended what it was at when this was called. Not to be called from the loop.
+    ///
+    /// # Errors
+    ///
+    /// [`EventsError`] if the loop does not run.
+    pub fn barrier(&self) -> Result<(), EventsError> {
+        self.endpoint.call_blocking(|_| Ok(()))
+    }
+
     /// Removes and drops a subscriber; it does not run any more when this returns.
     ///
     /// # Errors

@@ -10,11 +10,14 @@
 //! | what a vCPU thread does about each exit | `vcpu.rs` |
 //! | who may run guest code, and how it is stopped | `gate.rs`, `kick.rs` |
 //! | how the address of a forbidden access is found | `vcpu.rs`, [`slots`] |
-//! | the virtio-mmio registers | [`transport`] |
+//! | the registers of virtio-mmio and virtio-pci | [`transport`] |
+//! | the device behind vfio-user, for VMMs elsewhere | [`vfio_user`] |
 //! | what host and guest program share | `mailbox.rs`, `port.rs`, [`vmem_guest::abi`] |
 //! | the guest without KVM, and what checks its accesses | [`in_process`] |
 //! | what `vmem demo` does and checks | [`demo`] |
+//! | what `vmem serve` does | [`serve`] |
 //! | what `vmem replay` does and compares | [`replay`] |
+//! | what `vmem linux` boots, tries and checks | [`linux`] |
 //!
 //! # Example
 //!
@@ -47,14 +50,18 @@ pub mod in_process;
 mod kick;
 pub mod layout;
 mod lifecycle;
+pub mod linux;
 mod machine;
 mod mailbox;
 mod outcome;
 mod port;
 pub mod replay;
+pub mod serve;
+mod size;
 pub mod slots;
 pub mod transport;
 mod vcpu;
+pub mod vfio_user;
 mod vm;
 
 pub use backend::{Backend, KvmError, kvm_module, open_kvm};
@@ -65,6 +72,7 @@ pub use layout::LayoutError;
 pub use machine::{GuestKind, Machine, MachineConfig, ReportError, StartError};
 pub use mailbox::{Report, WorkerReport};
 pub use outcome::{Crash, Outcome, UnpluggedAccess, VcpuError};
+pub use size::parse_size;
 pub use transport::{InterruptCounts, InterruptLine, MmioTransport};
 pub use vcpu::ExitCounts;
 pub use vm::VmError;

@@ -4,12 +4,19 @@ use std::fmt;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
+use anyhow::Context;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use virtio_mem_driver::driver::{Mode, Strategy};
-use vmm_harness::GuestKind;
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
+use vmm_harness::linux::{
+    self, DeviceKind, KernelSeries, LinuxOptions, LinuxStep, Progress, SCRIPTS, Script,
+};
 use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
+use vmm_harness::serve::{self, ServeError, ServeOptions};
+use vmm_harness::{GuestKind, parse_size};
 
 /// Resizes the memory of a running guest through a virtio memory device.
 #[derive(Parser)]
@@ -30,6 +37,20 @@ enum Command {
     /// difference.
     #[command(after_help = REPLAY_HELP)]
     Replay(ReplayArgs),
+    /// Boots a stock Linux kernel in QEMU with a memory device, for a prompt or a script.
+    #[command(after_help = LINUX_HELP)]
+    Linux(LinuxArgs),
+    /// Resizes a guest of `vmem linux` from another terminal.
+    Resize {
+        /// The socket its prompt has named
+        socket: PathBuf,
+        /// The new size; without it, the state is printed
+        #[arg(value_parser = parse_size)]
+        size: Option<u64>,
+    },
+    /// Serves a memory device to VMMs that speak vfio-user, and resizes it as told on standard input.
+    #[command(after_help = SERVE_HELP)]
+    Serve(ServeArgs),
 }
 
 const EXIT_CODES: &str = "\
@@ -57,6 +78,86 @@ RUST_LOG=vmm_harness=debug names each place.
 Exit codes:
   0  every step of every file agrees
   1  a step differs, or a file cannot be replayed; the others are replayed all the same
+  2  the options are wrong";
+
+const LINUX_HELP: &str = "\
+Kernels, QEMU and a shell are Debian packages: fetched once, as any user, from the mirrors of this machine's apt
+configuration, unpacked into the cache and not installed. What is in the cache is used without the network.
+Needs an amd64 machine with apt and dpkg, no KVM, and about 400 MB of disk.
+
+Exit codes:
+  0  the script held, or the prompt was left
+  1  a check failed, or something could not be had or done; the error names it
+  2  the options are wrong";
+
+#[derive(Args)]
+struct LinuxArgs {
+    /// Series of the kernel
+    #[arg(long, value_enum, default_value_t = Kernel::V6_12)]
+    kernel: Kernel,
+    /// Memory device of the guest
+    #[arg(long, value_enum, default_value_t = Device::Ours)]
+    device: Device,
+    /// What to try; without it, the guest gives a prompt
+    #[arg(long, value_name = "NAME", value_parser = script_names())]
+    script: Option<String>,
+    /// Where packages are kept [default: $XDG_CACHE_HOME/vmem or ~/.cache/vmem]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    /// Seed of what is random [default: a new one each time]
+    #[arg(long, value_name = "N", env = "VMEM_SEED")]
+    seed: Option<u64>,
+    /// How long `--script random` goes on
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    minutes: u64,
+    /// Print one JSON document instead of the table
+    #[arg(long, requires = "script")]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Kernel {
+    /// Debian 12's
+    #[value(name = "6.1")]
+    V6_1,
+    /// Debian 13's
+    #[value(name = "6.12")]
+    V6_12,
+    /// Debian 13's newest
+    #[value(name = "7.2")]
+    V7_2,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Device {
+    /// This project's, served to QEMU over vfio-user by vmem itself
+    Ours,
+    /// QEMU's own virtio-mem-pci, as the reference
+    Qemu,
+}
+
+/// Names of scripts, each with what it does.
+fn script_names() -> PossibleValuesParser {
+    SCRIPTS
+        .iter()
+        .map(|script| PossibleValue::new(script.name()).help(script.about()))
+        .collect::<Vec<_>>()
+        .into()
+}
+
+const SERVE_HELP: &str = "\
+Standard input takes lines, each answered by a line of JSON on standard output:
+  resize SIZE     ask the driver to have SIZE plugged
+  status          sizes only, as the other answers have them as well
+  freeze, thaw    hold requests off for a while
+  quit            end, as SIGINT and SIGTERM do
+
+The guest memory of the client must be shared and cover the region; a guest that is to leave the region to the device
+must not know it as RAM.
+
+Exit codes:
+  0  told to end
+  1  the socket is in use, or something could not be done; the error names it
   2  the options are wrong";
 
 #[derive(Args)]
@@ -115,6 +216,28 @@ struct ReplayArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct ServeArgs {
+    /// Where clients connect; its user only. A socket nobody listens to any more is replaced
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// Guest-physical address of the device-managed region
+    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
+    region_start: u64,
+    /// Size of the region
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_size)]
+    region_size: u64,
+    /// Size of a device block, a power of two; 2M if not given
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    block_size: Option<u64>,
+    /// Proximity domain of the memory
+    #[arg(long, value_name = "N")]
+    node: Option<u16>,
+    /// Size to ask the driver for at the start
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
+    size: u64,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Guest {
     /// On KVM if it can be used, else in this process
@@ -154,24 +277,22 @@ enum Backing {
     Hugetlb2m,
 }
 
-fn parse_size(text: &str) -> Result<u64, parse_size::Error> {
-    parse_size::Config::new().with_binary().parse_size(text)
-}
-
 fn main() -> ExitCode {
     env_logger::init();
     let cli = Cli::parse();
     let result = match cli.command {
         Some(Command::Demo(args)) => run_demo(&args),
         Some(Command::Replay(args)) => run_replay(&args),
+        Some(Command::Linux(args)) => run_linux(&args),
+        Some(Command::Resize { socket, size }) => run_resize(&socket, size),
+        Some(Command::Serve(args)) => run_serve(args),
         None => run_demo(&cli.demo),
     };
     match result {
         Ok(code) => code,
         Err(error) => {
-            let usage = error
-                .downcast_ref::<demo::DemoError>()
-                .is_some_and(demo::DemoError::is_usage);
+            let demo = error.downcast_ref().is_some_and(demo::DemoError::is_usage);
+            let usage = demo || error.downcast_ref().is_some_and(ServeError::is_usage);
             eprintln!("vmem: {error:#}");
             ExitCode::from(if usage { 2 } else { 1 })
         }
@@ -221,6 +342,19 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(if summary.rogue.is_some() { 3 } else { 0 }))
 }
 
+fn run_serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    let options = ServeOptions {
+        socket: args.socket,
+        region_start: args.region_start,
+        region_size: args.region_size,
+        block_size: args.block_size,
+        node_id: args.node,
+        requested_size: args.size,
+    };
+    serve::run(&options, io::stdin(), &mut io::stdout())?;
+    Ok(ExitCode::SUCCESS)
+}
+
 fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
     let mut out = io::stdout().lock();
     let mut totals = Totals::default();
@@ -247,6 +381,81 @@ fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
         writeln!(out, "{totals}")?;
     }
     Ok(ExitCode::from(u8::from(totals.agreeing < totals.files)))
+}
+
+fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
+    let cache = args.cache.clone().or_else(linux::Cache::default_path);
+    let options = LinuxOptions {
+        cache: &cache
+            .context("neither XDG_CACHE_HOME nor HOME is set; name a folder with --cache")?,
+        kernel: match args.kernel {
+            Kernel::V6_1 => KernelSeries::V6_1,
+            Kernel::V6_12 => KernelSeries::V6_12,
+            Kernel::V7_2 => KernelSeries::V7_2,
+        },
+        device: match args.device {
+            Device::Ours => DeviceKind::Ours,
+            Device::Qemu => DeviceKind::Qemu,
+        },
+        seed: args.seed.unwrap_or_else(linux::new_seed),
+        random_for: Duration::from_secs(60 * args.minutes),
+    };
+    let mut progress = Progress::stderr();
+    let Some(script) = args.script.as_deref().and_then(Script::named) else {
+        linux::run_prompt(&options, &mut progress)?;
+        return Ok(ExitCode::SUCCESS);
+    };
+    let mut out = io::stdout();
+    if !args.json {
+        writeln!(
+            out,
+            "{} on Linux {}, VMEM_SEED={}",
+            script.name(),
+            options.kernel.version(),
+            options.seed
+        )?;
+        writeln!(
+            out,
+            "{:>9} {:>9} {:>9} {:>6} {:>10} {:>11} {:>8}  step",
+            "requested", "plugged", "MemTotal", "blocks", "System RAM", "resident", "time"
+        )?;
+    }
+    let mut written = Ok(());
+    let steps = linux::run_script(&options, script, &mut progress, &mut |step| {
+        if !args.json && written.is_ok() {
+            written = linux_row(&mut out, step);
+        }
+    })?;
+    written?;
+    match args.json {
+        true => {
+            serde_json::to_writer_pretty(&mut out, &steps)?;
+            writeln!(out)?;
+        }
+        false => writeln!(out, "ok: {} steps, every check held", steps.len())?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn linux_row(out: &mut dyn Write, step: &LinuxStep) -> io::Result<()> {
+    let size = |bytes| demo::size(bytes);
+    writeln!(
+        out,
+        "{:>9} {:>9} {:>9} {:>6} {:>10} {:>11} {:>6.1} s  {}",
+        size(step.requested),
+        size(step.plugged),
+        format!("+{}", size(step.mem_total)),
+        step.memory_blocks,
+        size(step.system_ram),
+        size(step.resident),
+        step.seconds,
+        step.what
+    )
+}
+
+fn run_resize(socket: &Path, size: Option<u64>) -> anyhow::Result<ExitCode> {
+    println!("{}", linux::resize_at(socket, size)?);
+    Ok(ExitCode::SUCCESS)
 }
 
 /// All files together.

@@ -1,15 +1,18 @@
 //! The virtio-mmio registers, with the real device behind them and the test as driver.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "common/ring.rs"]
+mod ring;
+
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use virtio_bindings::virtio_mmio::*;
-use virtio_mem::wire::{Features, Request, Response, Span};
+use virtio_mem::wire::{Features, Request, Span};
 use virtio_mem::{Anonymous, VirtioMem};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 use vmm_harness::layout::REGION_START;
 use vmm_harness::{BootMemory, EventLoop, InterruptLine, MmioTransport};
 
@@ -22,12 +25,6 @@ const NEEDS_RESET: u32 = 64;
 const FAILED: u32 = 128;
 const READY_TO_RUN: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
 const RUNNING: u32 = READY_TO_RUN | DRIVER_OK;
-
-const DESCRIPTORS: u64 = 0x1000;
-const AVAILABLE: u64 = 0x2000;
-const USED: u64 = 0x3000;
-const REQUEST: u64 = 0x4000;
-const RESPONSE: u64 = 0x5000;
 
 /// Interrupts come from the thread of the event loop.
 const LONG: Duration = Duration::from_secs(60);
@@ -106,10 +103,10 @@ impl Rig {
 
     fn set_up_queue(&self) {
         self.write(VIRTIO_MMIO_QUEUE_SEL, 0);
-        self.write(VIRTIO_MMIO_QUEUE_NUM, 8);
-        self.write(VIRTIO_MMIO_QUEUE_DESC_LOW, DESCRIPTORS as u32);
-        self.write(VIRTIO_MMIO_QUEUE_AVAIL_LOW, AVAILABLE as u32);
-        self.write(VIRTIO_MMIO_QUEUE_USED_LOW, USED as u32);
+        self.write(VIRTIO_MMIO_QUEUE_NUM, ring::SIZE.into());
+        self.write(VIRTIO_MMIO_QUEUE_DESC_LOW, ring::DESCRIPTORS as u32);
+        self.write(VIRTIO_MMIO_QUEUE_AVAIL_LOW, ring::AVAILABLE as u32);
+        self.write(VIRTIO_MMIO_QUEUE_USED_LOW, ring::USED as u32);
         self.write(VIRTIO_MMIO_QUEUE_READY, 1);
     }
 
@@ -123,33 +120,15 @@ impl Rig {
 
     /// Puts a request for the first `block_count` blocks into the ring as number `index`.
     fn add_plug(&self, index: u16, block_count: u16) {
-        let request = Request::Plug(Span {
+        let span = Span {
             addr: REGION_START,
             block_count,
-        })
-        .emit();
-        self.memory
-            .write_slice(&request, GuestAddress(REQUEST))
-            .unwrap();
-        let descriptor = |at: u64, address: u64, len: usize, flags: u16| {
-            let flags_and_next = u32::from(flags) | 1 << 16;
-            let words = [address, len as u64 | u64::from(flags_and_next) << 32];
-            for (i, word) in words.into_iter().enumerate() {
-                let slot = GuestAddress(DESCRIPTORS + at * 16 + i as u64 * 8);
-                self.memory.write_obj(word, slot).unwrap();
-            }
         };
-        descriptor(0, REQUEST, Request::LEN, 1);
-        descriptor(1, RESPONSE, Response::LEN, 2);
-        let slot = AVAILABLE + 4 + u64::from(index % 8) * 2;
-        self.memory.write_obj(0u16, GuestAddress(slot)).unwrap();
-        self.memory
-            .write_obj(index + 1, GuestAddress(AVAILABLE + 2))
-            .unwrap();
+        ring::add(&self.memory, index, Request::Plug(span));
     }
 
     fn used_index(&self) -> u16 {
-        self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
+        ring::used_index(&self.memory)
     }
 
     fn plugged_size(&self) -> u64 {
@@ -304,18 +283,16 @@ fn m_08_reset_clears_everything_but_the_plugged_blocks() {
     assert_eq!(rig.plugged_size(), 6 * MIB);
 
     // And the device works again afterwards, from index 0 of new rings.
-    for ring in [AVAILABLE, USED] {
-        rig.memory.write_obj(0u64, GuestAddress(ring)).unwrap();
-    }
+    ring::clear(&rig.memory);
     rig.run();
     rig.add_plug(0, 1);
     rig.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
     rig.interrupts.recv_timeout(LONG).unwrap();
-    let mut response = [0; Response::LEN];
-    rig.memory
-        .read_slice(&mut response, GuestAddress(RESPONSE))
-        .unwrap();
-    assert_eq!(response[0], 3, "the block is plugged already: ERROR");
+    assert_eq!(
+        ring::response(&rig.memory).0,
+        3,
+        "the block is plugged already: ERROR"
+    );
 }
 
 #[test]
@@ -525,8 +502,6 @@ fn any_sequence_of_writes_leaves_a_transport_that_resets_and_runs() {
         rig.read(register);
     }
     rig.write(VIRTIO_MMIO_STATUS, 0);
-    for ring in [AVAILABLE, USED] {
-        rig.memory.write_obj(0u64, GuestAddress(ring)).unwrap();
-    }
+    ring::clear(&rig.memory);
     rig.run();
 }

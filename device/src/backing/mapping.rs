@@ -133,14 +133,16 @@ impl Mapping {
         }
     }
 
-    /// Maps `file` from `offset` over the whole region, closed. `shared` or private.
+    /// Maps `file` from `offset` over `range`, closed. `shared` or private.
     pub(super) fn map_file(
         &self,
+        range: Range<u64>,
         file: BorrowedFd<'_>,
         offset: u64,
         shared: bool,
     ) -> io::Result<()> {
-        if self.len == 0 {
+        let (start, len) = self.slice(range)?;
+        if len == 0 {
             return Ok(());
         }
         let sharing = match shared {
@@ -149,9 +151,9 @@ impl Mapping {
         };
         // Without NORESERVE the kernel would want the whole region at once from the pool of huge pages.
         let flags = MapFlags::FIXED | MapFlags::NORESERVE | sharing;
-        let start = self.start.as_ptr().cast();
-        // SAFETY: this mapping and nothing else is replaced, before anybody knows of it.
-        unsafe { rustix::mm::mmap(start, self.len, ProtFlags::empty(), flags, file, offset) }?;
+        // SAFETY: `slice` has checked that the range lies inside this mapping, which nobody else owns, and
+        // whose contents are guest memory that Rust makes no assumptions about.
+        unsafe { rustix::mm::mmap(start, len, ProtFlags::empty(), flags, file, offset) }?;
         Ok(())
     }
 
@@ -181,14 +183,20 @@ impl Mapping {
     /// Bytes that have a page behind them, by `mincore`. The truth for anonymous memory only: of a file it
     /// counts what is in the page cache, of huge pages what this process has touched.
     pub(super) fn resident_bytes(&self) -> io::Result<u64> {
+        self.resident_bytes_in(0..self.len())
+    }
+
+    /// As [`resident_bytes`](Self::resident_bytes), of `range`.
+    pub(super) fn resident_bytes_in(&self, range: Range<u64>) -> io::Result<u64> {
+        let (start, len) = self.slice(range)?;
         // One byte of answer a page, so a large region is asked for in pieces.
         const PAGES: usize = 1 << 16;
         let page_size = rustix::param::page_size();
-        let mut answer = vec![0u8; PAGES.min(self.len.div_ceil(page_size))];
+        let mut answer = vec![0u8; PAGES.min(len.div_ceil(page_size))];
         let mut resident = 0;
-        for offset in (0..self.len).step_by(PAGES * page_size) {
-            let piece = (self.len - offset).min(PAGES * page_size);
-            let at = self.start.as_ptr().wrapping_byte_add(offset).cast();
+        for offset in (0..len).step_by(PAGES * page_size) {
+            let piece = (len - offset).min(PAGES * page_size);
+            let at = start.wrapping_byte_add(offset);
             // SAFETY: the piece lies inside this mapping and `answer` has a byte for each of its pages.
             let result = unsafe { libc::mincore(at, piece, answer.as_mut_ptr()) };
             if result != 0 {

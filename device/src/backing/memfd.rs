@@ -43,7 +43,7 @@ impl Memfd {
         let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&file, seals)?;
         let mapping = Mapping::reserve(len, align)?;
-        mapping.map_file(file.as_fd(), 0, true)?;
+        mapping.map_file(0..len, file.as_fd(), 0, true)?;
         Ok(Self { file, mapping })
     }
 

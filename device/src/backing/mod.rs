@@ -2,6 +2,7 @@
 
 mod anonymous;
 mod hugetlb;
+mod lent;
 mod mapping;
 mod memfd;
 mod pieces;
@@ -15,6 +16,7 @@ use std::ptr::NonNull;
 
 pub use anonymous::Anonymous;
 pub use hugetlb::Hugetlb;
+pub use lent::LentFiles;
 pub use memfd::Memfd;
 pub(crate) use pieces::discard;
 pub(crate) use populate::populate;

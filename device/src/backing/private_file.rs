@@ -42,7 +42,7 @@ impl PrivateFile {
             return Err(short());
         }
         let mapping = Mapping::reserve(len, HUGE_PAGE_SIZE)?;
-        mapping.map_file(file.as_fd(), offset, false)?;
+        mapping.map_file(0..len, file.as_fd(), offset, false)?;
         Ok(Self { mapping })
     }
 }

@@ -17,6 +17,7 @@ use vm_memory::GuestAddress;
 
 pub use checks::CheckFailed;
 pub use options::{BackingKind, DemoOptions};
+pub use table::size;
 
 use self::options::Plan;
 use self::residency::unplugged_resident;

@@ -11,7 +11,7 @@ use crate::Machine;
 use crate::layout::REGION_START;
 
 /// A size in binary units: `130 MiB`, `1 GiB`; exact where it is a whole number of the unit.
-pub(super) fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     let text = ByteSize::b(bytes).display().iec().to_string();
     text.replace(".0 ", " ")
 }

@@ -1,4 +1,4 @@
-//! The interrupt of a virtio-mmio device.
+//! What an interrupt is for, and the interrupt line of a virtio-mmio device.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -6,14 +6,19 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use virtio_mem::Interrupt;
 
-/// `InterruptStatus`, and the wire to the guest. Shared by the transport and the device.
-///
-/// Nothing here waits: the device raises an interrupt in the middle of a request.
-pub struct InterruptLine {
-    status: AtomicU32,
+use super::core::TransportInterrupt;
+
+/// Bit of a used-buffer notification, in `InterruptStatus` of virtio-mmio and in the ISR status of virtio-pci.
+pub(super) const USED_BUFFER: u32 = VIRTIO_MMIO_INT_VRING;
+/// Bit of a configuration-change notification, in both as well.
+pub(super) const CONFIG_CHANGE: u32 = VIRTIO_MMIO_INT_CONFIG;
+
+/// Why the driver was interrupted, and how often.
+#[derive(Debug, Default)]
+pub(super) struct InterruptStatus {
+    pending: AtomicU32,
     used_buffer: AtomicU64,
     config_change: AtomicU64,
-    raise: Box<dyn Fn() + Send + Sync>,
 }
 
 /// Interrupts raised so far, by kind.
@@ -25,13 +30,50 @@ pub struct InterruptCounts {
     pub config_change: u64,
 }
 
+impl InterruptStatus {
+    pub(super) fn counts(&self) -> InterruptCounts {
+        InterruptCounts {
+            used_buffer: self.used_buffer.load(Ordering::Relaxed),
+            config_change: self.config_change.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn pending(&self) -> u32 {
+        self.pending.load(Ordering::Acquire)
+    }
+
+    /// Clears `bits`; those that were pending of all.
+    pub(super) fn clear(&self, bits: u32) -> u32 {
+        self.pending.fetch_and(!bits, Ordering::AcqRel)
+    }
+
+    /// `bit` is pending from now on.
+    pub(super) fn set_pending(&self, bit: u32) {
+        self.pending.fetch_or(bit, Ordering::AcqRel);
+    }
+
+    pub(super) fn count(&self, bit: u32) {
+        let count = match bit {
+            USED_BUFFER => &self.used_buffer,
+            _ => &self.config_change,
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// `InterruptStatus`, and the wire to the guest. Shared by the transport and the device.
+///
+/// Nothing here waits: the device raises an interrupt in the middle of a request.
+pub struct InterruptLine {
+    status: InterruptStatus,
+    raise: Box<dyn Fn() + Send + Sync>,
+}
+
 impl InterruptLine {
     /// A line that calls `raise` for each interrupt.
     pub fn new(raise: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
-            status: AtomicU32::new(0),
-            used_buffer: AtomicU64::new(0),
-            config_change: AtomicU64::new(0),
+            status: InterruptStatus::default(),
             raise: Box::new(raise),
         })
     }
@@ -39,49 +81,46 @@ impl InterruptLine {
     /// Interrupts raised so far.
     #[must_use]
     pub fn counts(&self) -> InterruptCounts {
-        InterruptCounts {
-            used_buffer: self.used_buffer.load(Ordering::Relaxed),
-            config_change: self.config_change.load(Ordering::Relaxed),
-        }
+        self.status.counts()
     }
 
     /// The `InterruptStatus` register.
-    pub(super) fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire)
+    pub(super) fn pending(&self) -> u32 {
+        self.status.pending()
     }
 
     /// The `InterruptACK` register: clears the bits the driver has handled (M-06).
     pub(super) fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::AcqRel);
+        self.status.clear(bits);
     }
 
-    /// Device reset clears what is pending (M-08).
-    pub(super) fn reset(&self) {
-        self.status.store(0, Ordering::Release);
-    }
-
-    fn raise(&self, bit: u32, count: &AtomicU64) {
-        self.status.fetch_or(bit, Ordering::AcqRel);
-        count.fetch_add(1, Ordering::Relaxed);
+    fn raise(&self, bit: u32) {
+        self.status.set_pending(bit);
+        self.status.count(bit);
         (self.raise)();
     }
 }
 
 impl Interrupt for InterruptLine {
     fn used_buffer(&self) {
-        self.raise(VIRTIO_MMIO_INT_VRING, &self.used_buffer);
+        self.raise(USED_BUFFER);
     }
 
     fn config_change(&self) {
-        self.raise(VIRTIO_MMIO_INT_CONFIG, &self.config_change);
+        self.raise(CONFIG_CHANGE);
+    }
+}
+
+impl TransportInterrupt for InterruptLine {
+    fn reset(&self) {
+        self.status.clear(u32::MAX);
     }
 }
 
 impl std::fmt::Debug for InterruptLine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("InterruptLine")
-            .field("status", &self.status())
-            .field("counts", &self.counts())
+            .field("status", &self.status)
             .finish_non_exhaustive()
     }
 }

@@ -1,0 +1,132 @@
+//! Stock Linux kernels in QEMU as the peer of a memory device.
+//!
+//! | to find | look at |
+//! |---|---|
+//! | where kernels, QEMU and shell come from | `packages.rs`, `apt.rs`, `sources.rs` |
+//! | where they are kept | [`Cache`] |
+//! | what runs in the guest | `initramfs.rs` |
+//! | how QEMU is started, asked and ended | `qemu.rs`, `qmp.rs` |
+//! | how the guest is told what to do | `console.rs` |
+//! | which device it has | `device.rs` |
+//! | what is tried | `scripts.rs` |
+//! | what must hold | `session.rs`, `facts.rs` |
+
+mod apt;
+mod cache;
+mod console;
+mod control;
+mod device;
+mod error;
+mod facts;
+mod initramfs;
+mod packages;
+mod progress;
+mod prompt;
+mod qemu;
+mod qmp;
+mod scripts;
+mod session;
+mod signals;
+mod sources;
+
+use std::path::Path;
+use std::time::Duration;
+
+pub use cache::Cache;
+pub use control::resize_at;
+pub use device::{DeviceKind, DeviceStatus};
+pub use error::LinuxError;
+pub use packages::KernelSeries;
+pub use progress::{Phase, Progress};
+pub use scripts::{SCRIPTS, Script};
+pub use session::LinuxStep;
+
+use self::control::Control;
+use self::device::MemoryDevice;
+use self::packages::Provision;
+use self::qemu::Qemu;
+use self::session::Session;
+
+/// What to run.
+#[derive(Debug)]
+pub struct LinuxOptions<'a> {
+    /// Where artefacts are kept.
+    pub cache: &'a Path,
+    /// Which kernel.
+    pub kernel: KernelSeries,
+    /// Which device.
+    pub device: DeviceKind,
+    /// Seed of what is random.
+    pub seed: u64,
+    /// How long random resizing goes on.
+    pub random_for: Duration,
+}
+
+/// Boots a guest and runs a script with it; its steps.
+///
+/// `show` is told of each step once it is over.
+///
+/// # Errors
+///
+/// If a part is not to be had, the guest does not run, or a check fails.
+pub fn run_script(
+    options: &LinuxOptions<'_>,
+    script: &Script,
+    progress: &mut Progress,
+    show: &mut dyn FnMut(&LinuxStep),
+) -> Result<Vec<LinuxStep>, LinuxError> {
+    let choices = scripts::Choices {
+        seed: options.seed,
+        random_for: options.random_for,
+    };
+    let mut session = Session::new(boot(options, script.setup(), progress)?, show);
+    script.run(&mut session, &choices)?;
+    session.finish()
+}
+
+/// Boots a guest and gives its console to whoever sits at the terminal.
+///
+/// # Errors
+///
+/// If a part is not to be had, or the guest does not run.
+pub fn run_prompt(options: &LinuxOptions<'_>, progress: &mut Progress) -> Result<(), LinuxError> {
+    let mut guest = boot(options, &scripts::SETUP, progress)?;
+    let socket = guest.qemu.dir().join("control");
+    let control = Control::listen(&socket)?;
+    progress.note(&format!(
+        "to resize, from another terminal: vmem resize {} 1G",
+        socket.display()
+    ));
+    progress.note("to leave: Ctrl-], or exit");
+    prompt::run(&mut guest, &control)
+}
+
+/// A running guest and its device.
+struct LinuxGuest {
+    // Before the device, which is served to it until it ends.
+    qemu: Qemu,
+    device: Box<dyn MemoryDevice>,
+}
+
+fn boot(
+    options: &LinuxOptions<'_>,
+    setup: &qemu::Setup,
+    progress: &mut Progress,
+) -> Result<LinuxGuest, LinuxError> {
+    signals::catch().map_err(LinuxError::file("signal handler"))?;
+    let cache = Cache::open(options.cache)?;
+    let provision = Provision::get(&cache, options.kernel, progress)?;
+    let mut device = options.device.make();
+    for version in provision.versions()? {
+        progress.note(&version);
+    }
+    progress.note(&format!("device: {}", device.name()));
+    let qemu = Qemu::start(&provision, setup, device.as_mut(), progress)?;
+    Ok(LinuxGuest { qemu, device })
+}
+
+/// A seed that is another one each time.
+#[must_use]
+pub fn new_seed() -> u64 {
+    fastrand::u64(0..1 << 32)
+}

@@ -1,0 +1,132 @@
+//! The messages of one client after another.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
+use vfio_user::{DmaMapFlags, DmaUnmapFlags, ServerBackend};
+
+use super::irqs::Irqs;
+use super::memory::{ClientMemory, Space};
+use crate::transport::pci::{CONFIG_SPACE_SIZE, MSIX_BAR_SIZE, PciTransport, REGISTER_BAR_SIZE};
+
+/// The device, as far as a client changes it.
+#[derive(Debug)]
+pub(super) struct Session {
+    transport: PciTransport<Space>,
+    memory: ClientMemory,
+    irqs: Arc<Irqs>,
+}
+
+/// What a region of the device is.
+enum Region {
+    Bar(u8),
+    ConfigSpace,
+}
+
+impl Session {
+    pub(super) fn new(
+        transport: PciTransport<Space>,
+        memory: ClientMemory,
+        irqs: Arc<Irqs>,
+    ) -> Self {
+        Self {
+            transport,
+            memory,
+            irqs,
+        }
+    }
+
+    /// The client is gone, and with it the machine: nothing of it stays.
+    pub(super) fn end(&mut self) {
+        self.system_reset();
+        self.irqs.clear();
+        self.memory.unmap_all();
+    }
+
+    /// All blocks are unplugged, which a reset of the device by its driver does not do.
+    fn system_reset(&self) {
+        self.transport.reset();
+        if let Err(error) = self.transport.device().system_reset() {
+            log::warn!("blocks stay plugged over a system reset: {error}");
+        }
+    }
+}
+
+/// The region of number `index`, if `len` bytes at `offset` lie in it.
+fn region(index: u32, offset: u64, len: usize) -> io::Result<Region> {
+    let (region, size) = match index {
+        0 => (Region::Bar(0), REGISTER_BAR_SIZE.into()),
+        1 => (Region::Bar(1), MSIX_BAR_SIZE.into()),
+        VFIO_PCI_CONFIG_REGION_INDEX => (Region::ConfigSpace, CONFIG_SPACE_SIZE),
+        _ => return Err(io::ErrorKind::InvalidInput.into()),
+    };
+    match offset.checked_add(len as u64) {
+        Some(end) if end <= size => Ok(region),
+        _ => Err(io::ErrorKind::InvalidInput.into()),
+    }
+}
+
+impl ServerBackend for Session {
+    fn region_read(&mut self, index: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        match region(index, offset, data.len())? {
+            Region::Bar(bar) => self.transport.read_bar(bar, offset, data),
+            Region::ConfigSpace => self.transport.read_config_space(offset, data),
+        }
+        Ok(())
+    }
+
+    fn region_write(&mut self, index: u32, offset: u64, data: &[u8]) -> io::Result<()> {
+        match region(index, offset, data.len())? {
+            Region::Bar(bar) => self.transport.write_bar(bar, offset, data),
+            Region::ConfigSpace => self.transport.write_config_space(offset, data),
+        }
+        Ok(())
+    }
+
+    fn dma_map(
+        &mut self,
+        flags: DmaMapFlags,
+        offset: u64,
+        address: u64,
+        size: u64,
+        fd: Option<File>,
+    ) -> io::Result<()> {
+        // The device writes answers: memory it may only read is of no use to it.
+        let file = fd.filter(|_| flags.contains(DmaMapFlags::READ_WRITE));
+        let file = file.map(|file| (file, offset));
+        let result = self.memory.map(address, size, file);
+        result.inspect_err(|error| {
+            log::warn!("the client's map of {size:#x} bytes at {address:#x} is refused: {error}");
+        })
+    }
+
+    fn dma_unmap(&mut self, flags: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
+        if flags.contains(DmaUnmapFlags::UNMAP_ALL) {
+            self.memory.unmap_all();
+            return Ok(());
+        }
+        self.memory.unmap(address, size)
+    }
+
+    /// DEVICE_RESET: the machine is reset. A driver that resets the device writes 0 to its status.
+    fn reset(&mut self) -> io::Result<()> {
+        self.system_reset();
+        Ok(())
+    }
+
+    fn set_irqs(
+        &mut self,
+        index: u32,
+        flags: u32,
+        start: u32,
+        count: u32,
+        fds: Vec<File>,
+    ) -> io::Result<()> {
+        self.irqs.set(index, flags, start, count, fds)?;
+        // Unmasked, or connected, while there is something pending.
+        self.transport.interrupt().refresh_line();
+        Ok(())
+    }
+}

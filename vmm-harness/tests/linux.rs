@@ -1,0 +1,136 @@
+//! `vmem linux` where it cannot do what it is asked: what it says, and what it leaves behind.
+
+#[expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot be set up may panic"
+)]
+mod linux {
+    use std::fs;
+    use std::io::Write;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
+    use std::process::Command;
+
+    use tempfile::TempDir;
+
+    /// Runs a script of `vmem linux` with an empty cache, after `set_up`; its exit code and standard error.
+    ///
+    /// Whatever happens, nothing that is not whole is left in the cache.
+    fn vmem_linux(dir: &TempDir, set_up: impl FnOnce(&mut Command)) -> (i32, String) {
+        let cache = dir.path().join("cache");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmem"));
+        command
+            .args(["linux", "--script", "grow-shrink", "--cache"])
+            .arg(&cache);
+        set_up(&mut command);
+        let output = command.output().unwrap();
+        let left: Vec<_> = fs::read_dir(cache.join("v1"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(left, ["lock"]);
+        (
+            output.status.code().unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    }
+
+    /// A configuration of apt's with `sources` and no others; none where there is no apt.
+    fn apt_config(test: &str, dir: &Path, sources: &str) -> Option<std::path::PathBuf> {
+        if Command::new("apt-get").arg("--version").output().is_err() {
+            writeln!(std::io::stderr(), "SKIPPED {test}: there is no apt-get").unwrap();
+            return None;
+        }
+        let (list, config) = (dir.join("sources.list"), dir.join("apt.conf"));
+        fs::write(&list, sources).unwrap();
+        let list = list.display();
+        let text =
+            format!("Dir::Etc::SourceList \"{list}\";\nDir::Etc::SourceParts \"/dev/null\";\n");
+        fs::write(&config, text).unwrap();
+        Some(config)
+    }
+
+    #[test]
+    fn without_package_tools_it_says_which_one_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (code, error) = vmem_linux(&dir, |command| {
+            command.env("PATH", dir.path());
+        });
+        assert_eq!(code, 1, "{error}");
+        assert!(error.contains("vmem: dpkg cannot be run"), "{error}");
+        assert!(error.contains("--cache"), "{error}");
+    }
+
+    #[test]
+    fn packages_for_another_architecture_are_not_tried() {
+        let dir = tempfile::tempdir().unwrap();
+        let dpkg = dir.path().join("dpkg");
+        fs::write(&dpkg, "#!/bin/sh\necho arm64\n").unwrap();
+        fs::set_permissions(&dpkg, fs::Permissions::from_mode(0o755)).unwrap();
+        let (code, error) = vmem_linux(&dir, |command| {
+            command.env("PATH", dir.path());
+        });
+        assert_eq!(code, 1, "{error}");
+        assert!(error.contains("this machine is arm64"), "{error}");
+    }
+
+    #[test]
+    fn a_mirror_that_cannot_be_reached_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+        let codename = release
+            .lines()
+            .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+            .unwrap_or("stable");
+        let sources = format!("deb file:/nonexistent/mirror {codename} main\n");
+        let Some(config) = apt_config(
+            "a_mirror_that_cannot_be_reached_is_named",
+            dir.path(),
+            &sources,
+        ) else {
+            return;
+        };
+        let (code, error) = vmem_linux(&dir, |command| {
+            command.env("APT_CONFIG", config);
+        });
+        assert_eq!(code, 1, "{error}");
+        assert!(
+            error.contains("apt-get update failed; is the package mirror reachable?"),
+            "{error}"
+        );
+        assert!(error.contains("/nonexistent/mirror"), "{error}");
+    }
+
+    #[test]
+    fn a_machine_that_does_not_follow_debian_has_no_mirror() {
+        let dir = tempfile::tempdir().unwrap();
+        let sources = "deb http://mirror.invalid/debian no-such-suite main\n";
+        let test = "a_machine_that_does_not_follow_debian_has_no_mirror";
+        let Some(config) = apt_config(test, dir.path(), sources) else {
+            return;
+        };
+        let (code, error) = vmem_linux(&dir, |command| {
+            command.env("APT_CONFIG", config);
+        });
+        assert_eq!(code, 1, "{error}");
+        assert!(
+            error.contains("no source for Debian's suite") && error.contains("APT_CONFIG"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_unknown_script_is_answered_with_the_known_ones() {
+        let output = Command::new(env!("CARGO_BIN_EXE_vmem"))
+            .args(["linux", "--script", "x"])
+            .output()
+            .unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(
+            error.contains("grow-shrink") && error.contains("random"),
+            "{error}"
+        );
+    }
+}
