@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use virtio_mem_driver::driver::{Mode, Strategy};
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
 use vmm_harness::linux::{
-    self, DeviceKind, KernelSeries, LinuxOptions, LinuxStep, Progress, SCRIPTS, Script,
+    self, DeviceKind, KernelSeries, LinuxOptions, LinuxStep, OwnOptions, Progress, SCRIPTS, Script,
 };
 use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
 use vmm_harness::serve::{self, ServeError, ServeOptions};
@@ -92,9 +92,12 @@ Exit codes:
 
 #[derive(Args)]
 struct LinuxArgs {
-    /// Series of the kernel
+    /// Linux of a series, or this project's kernel
     #[arg(long, value_enum, default_value_t = Kernel::V6_12)]
     kernel: Kernel,
+    /// In which order the driver of `--kernel ours` plugs and unplugs
+    #[arg(long, value_enum, default_value_t = Policy::Direct)]
+    policy: Policy,
     /// Memory device of the guest
     #[arg(long, value_enum, default_value_t = Device::Ours)]
     device: Device,
@@ -126,6 +129,8 @@ enum Kernel {
     /// Debian 13's newest
     #[value(name = "7.2")]
     V7_2,
+    /// This project's, which has a prompt and no scripts
+    Ours,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -256,6 +261,15 @@ enum Policy {
     Linux,
 }
 
+impl From<Policy> for Strategy {
+    fn from(policy: Policy) -> Self {
+        match policy {
+            Policy::Direct => Self::Direct,
+            Policy::Linux => Self::Linux,
+        }
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum DriverMode {
     /// Sub-Block Mode: memory blocks of 128 MiB may be plugged in part; for blocks up to 64 MiB
@@ -310,10 +324,7 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
             Backing::Memfd => BackingKind::Memfd,
             Backing::Hugetlb2m => BackingKind::Hugetlb2m,
         },
-        strategy: match args.policy {
-            Policy::Direct => Strategy::Direct,
-            Policy::Linux => Strategy::Linux,
-        },
+        strategy: args.policy.into(),
         mode: args.mode.map(|mode| match mode {
             DriverMode::Sbm => Mode::SubBlock,
             DriverMode::Bbm => Mode::BigBlock,
@@ -385,18 +396,27 @@ fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
 
 fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
     let cache = args.cache.clone().or_else(linux::Cache::default_path);
+    let cache =
+        &cache.context("neither XDG_CACHE_HOME nor HOME is set; name a folder with --cache")?;
+    let device = match args.device {
+        Device::Ours => DeviceKind::Ours,
+        Device::Qemu => DeviceKind::Qemu,
+    };
+    let kernel = match args.kernel {
+        Kernel::V6_1 => KernelSeries::V6_1,
+        Kernel::V6_12 => KernelSeries::V6_12,
+        Kernel::V7_2 => KernelSeries::V7_2,
+        Kernel::Ours if args.script.is_some() => bail!("scripts are for Linux kernels"),
+        Kernel::Ours => {
+            let options = OwnOptions::new(cache, args.policy.into(), device);
+            linux::run_own_prompt(&options, &mut Progress::stderr())?;
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
     let options = LinuxOptions {
-        cache: &cache
-            .context("neither XDG_CACHE_HOME nor HOME is set; name a folder with --cache")?,
-        kernel: match args.kernel {
-            Kernel::V6_1 => KernelSeries::V6_1,
-            Kernel::V6_12 => KernelSeries::V6_12,
-            Kernel::V7_2 => KernelSeries::V7_2,
-        },
-        device: match args.device {
-            Device::Ours => DeviceKind::Ours,
-            Device::Qemu => DeviceKind::Qemu,
-        },
+        cache,
+        kernel,
+        device,
         seed: args.seed.unwrap_or_else(linux::new_seed),
         random_for: Duration::from_secs(60 * args.minutes),
     };

@@ -16,16 +16,17 @@ const LEAVE: u8 = 0x1d;
 /// How long the guest is listened to before the terminal and the socket are looked at.
 const TURN: Duration = Duration::from_millis(10);
 
-/// A shell for people in the place of the one for programs; the guest ends with it.
-const SHELL: &str = "vmem stty echo onlcr </dev/console; PS1='guest# ' setsid cttyhack sh </dev/console >/dev/console 2>&1; poweroff -f\n";
-
 /// End of input, at a terminal.
 const END: u8 = 4;
 
 /// Passes bytes between terminal and console until the guest ends or the person leaves.
 pub(super) fn run(guest: &mut LinuxGuest, control: &Control) -> Result<(), LinuxError> {
-    let LinuxGuest { qemu, device } = guest;
-    qemu.console.send(SHELL.as_bytes())?;
+    let LinuxGuest {
+        qemu,
+        device,
+        kernel,
+    } = guest;
+    qemu.console.send(kernel.prompt().as_bytes())?;
     let _raw = RawTerminal::enter().map_err(LinuxError::file("/dev/stdin"))?;
     let mut input = Some(read_input());
     loop {

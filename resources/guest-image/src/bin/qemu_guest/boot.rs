@@ -17,7 +17,7 @@ use virtio_mem_driver::hotplug::{Boot, BootRange};
 use vmem_guest_image::heap;
 use vmem_guest_image::identity::address;
 
-use crate::{say, serial};
+use crate::{println, serial};
 
 /// Everything below is mapped one to one, in pages of 1 GiB.
 pub(crate) const MAPPED: u64 = 512 << 30;
@@ -162,18 +162,6 @@ fn describe(info: &StartInfo) -> Machine {
     let entries = ptr::with_exposed_provenance::<MapEntry>(address(info.memory_map));
     // SAFETY: the description says how many there are, and nobody writes them.
     let entries = unsafe { core::slice::from_raw_parts(entries, info.memory_map_entries as usize) };
-    let is_ram = |entry: &&MapEntry| entry.kind == RAM;
-    let ram: Vec<_> = entries
-        .iter()
-        .filter(is_ram)
-        .map(|entry| BootRange {
-            bytes: entry.start..entry.start + entry.size,
-            nid: 0,
-        })
-        .collect();
-    let end = heap_range().end;
-    let has = |range: &BootRange| range.bytes.start <= LOW_MEMORY && range.bytes.end >= end;
-    assert!(ram.iter().any(has), "too little memory: {ram:x?}");
     let command_line = match info.command_line {
         0 => "",
         text => {
@@ -184,6 +172,20 @@ fn describe(info: &StartInfo) -> Machine {
             text.to_str().expect("the command line is text")
         }
     };
+    let limit = option(command_line, "mem=").map_or(MAPPED, |limit| {
+        limit.parse().expect("mem= is a number of bytes")
+    });
+    let ram: Vec<_> = entries
+        .iter()
+        .filter(|entry| entry.kind == RAM && entry.start < limit)
+        .map(|entry| BootRange {
+            bytes: entry.start..limit.min(entry.start + entry.size),
+            nid: 0,
+        })
+        .collect();
+    let end = heap_range().end;
+    let has = |range: &BootRange| range.bytes.start <= LOW_MEMORY && range.bytes.end >= end;
+    assert!(ram.iter().any(has), "too little memory: {ram:x?}");
     Machine {
         memory: Boot {
             ram,
@@ -194,9 +196,15 @@ fn describe(info: &StartInfo) -> Machine {
     }
 }
 
+/// The value of an option on the command line.
+pub(crate) fn option<'a>(command_line: &'a str, name: &str) -> Option<&'a str> {
+    let mut options = command_line.split_ascii_whitespace();
+    options.find_map(|option| option.strip_prefix(name))
+}
+
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
     // As Linux says it, for who waits for that.
-    say!("Kernel panic - not syncing: {info}");
+    println!("Kernel panic - not syncing: {info}");
     serial::exit(1)
 }

@@ -17,7 +17,7 @@ use vmem_guest::Pattern;
 use vmem_guest_image::identity::{HeapHal, IdentityMapped};
 
 use crate::clock::Clock;
-use crate::{pci, say};
+use crate::{pci, println};
 
 const PAGE_SIZE: u64 = 4096;
 
@@ -41,6 +41,7 @@ pub(crate) struct Kernel {
 pub(crate) enum Answer {
     Done,
     Failed(String),
+    Prompt,
     Restart,
     Quit,
 }
@@ -113,6 +114,8 @@ impl Kernel {
             ["retry"] => self.driver().map(MemDriver::retry).into(),
             ["remove"] => self.remove().into(),
             ["probe"] => self.probe().into(),
+            ["prompt"] => Answer::Prompt,
+            [] => Answer::Done,
             ["restart"] => Answer::Restart,
             ["quit"] => Answer::Quit,
             _ => Answer::Failed(format!("no command {command:?}")),
@@ -134,7 +137,7 @@ impl Kernel {
         let unreachable = driver
             .unreachable()
             .map_or(0, |unreachable| unreachable.bytes);
-        say!(
+        println!(
             "{{\"progress\": \"{progress}\", \"unreachable\": {unreachable}, \"mode\": \"{:?}\", \"granule\": {}, \
              \"block_size\": {}, \"region\": [{}, {}], \"usable\": {}, \"requested\": {}, \
              \"plugged\": {}, \"hotplugged\": {hotplugged}, \"memory_blocks\": {blocks}, \"pages\": {pages}, \
@@ -172,7 +175,7 @@ impl Kernel {
                 return Err(format!("page {index} at {address:x?} has lost its content"));
             }
         }
-        say!("{}", self.pages.len());
+        println!("{}", self.pages.len());
         Ok(())
     }
 
@@ -212,7 +215,7 @@ impl Kernel {
             .hotplug
             .address(page)
             .map_err(|error| error.to_string())?;
-        say!("{address}");
+        println!("{address}");
         Ok(())
     }
 
@@ -226,7 +229,7 @@ impl Kernel {
         let region = region(self.driver()?);
         for block in region.start / size..region.end.div_ceil(size) {
             if let Ok(Some((address, obstacle))) = self.hotplug.obstacle(block) {
-                say!("{block} {address} {obstacle:?}");
+                println!("{block} {address} {obstacle:?}");
             }
         }
         Ok(())
@@ -235,7 +238,7 @@ impl Kernel {
     fn remove(&mut self) -> Result<(), &'static str> {
         let driver = self.driver.take().ok_or("there is no driver")?;
         self.progress = None;
-        say!("{}", driver.remove(&mut self.hotplug).added_size);
+        println!("{}", driver.remove(&mut self.hotplug).added_size);
         Ok(())
     }
 }

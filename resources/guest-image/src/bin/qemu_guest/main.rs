@@ -2,7 +2,7 @@
 //!
 //! It is entered as PVH has it (`qemu-system-x86_64 -kernel`), and needs the first serial port, the HPET,
 //! `isa-debug-exit` at 0xf4, and a processor with pages of 1 GiB. Options on the command line: `policy=direct` or
-//! `policy=linux`.
+//! `policy=linux`, and `mem=BYTES`, behind which memory is left alone.
 //!
 //! A command is a line of a token and words; the answer ends with a line of the token and 0, or 1 if it failed:
 //!
@@ -16,6 +16,7 @@
 //! | `retry` | ends a wait of the driver |
 //! | `remove`, `probe` | takes the driver away, and starts it again |
 //! | `restart` | starts anew without a word to the device, as a kernel that another one has loaded |
+//! | `prompt` | from now on for a person: what is typed is shown, and there are no tokens |
 //! | `quit` | ends the machine |
 #![no_std]
 #![no_main]
@@ -37,6 +38,9 @@ use virtio_mem_driver::driver::Policy;
 /// What the host waits for.
 const READY: &str = "vmem: ready";
 
+/// What a person sees.
+const PROMPT: &str = "guest> ";
+
 #[expect(
     clippy::panic,
     reason = "a machine without what is needed has nobody to tell but the console"
@@ -49,21 +53,31 @@ fn main(machine: &Machine) -> ! {
             Ok(kernel) => kernel,
             Err(error) => panic!("{error}"),
         };
-        say!("{READY}");
+        println!("{READY}");
         let mut lines = Lines::default();
         loop {
             kernel.poll();
             let Some(line) = lines.next() else { continue };
-            let (token, command) = line.split_once(' ').unwrap_or((&line, ""));
-            match kernel.execute(command) {
-                Answer::Done => {
-                    say!("{token} 0");
-                }
+            let (token, command) = match lines.for_people {
+                true => ("", line.as_str()),
+                false => line.split_once(' ').unwrap_or((&line, "")),
+            };
+            let failed = match kernel.execute(command) {
+                Answer::Done => false,
                 Answer::Failed(why) => {
-                    say!("{why}\n{token} 1");
+                    println!("{why}");
+                    true
+                }
+                Answer::Prompt => {
+                    lines.for_people = true;
+                    false
                 }
                 Answer::Restart => break,
                 Answer::Quit => serial::exit(0),
+            };
+            match lines.for_people {
+                true => print!("{PROMPT}"),
+                false => println!("{token} {}", u8::from(failed)),
             }
         }
     }
@@ -71,8 +85,7 @@ fn main(machine: &Machine) -> ! {
 
 #[expect(clippy::panic, reason = "as above")]
 fn policy(command_line: &str) -> Policy {
-    let mut options = command_line.split_ascii_whitespace();
-    match options.find_map(|option| option.strip_prefix("policy=")) {
+    match boot::option(command_line, "policy=") {
         None | Some("direct") => Policy::default(),
         Some("linux") => Policy::linux(),
         Some(policy) => panic!("no policy {policy:?}"),

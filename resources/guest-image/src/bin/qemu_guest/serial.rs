@@ -12,28 +12,46 @@ const LINE_STATUS: u16 = DATA + 5;
 const DATA_READY: u8 = 1;
 const TRANSMITTER_EMPTY: u8 = 1 << 5;
 
+const BACKSPACE: u8 = 8;
+const DELETE: u8 = 0x7f;
+
 /// `isa-debug-exit`: QEMU exits with `2 * value + 1`.
 const EXIT: u16 = 0xf4;
 
-/// The output.
+/// The output. Lines end with a carriage return, too, for terminals.
 pub(crate) struct Serial;
 
 impl fmt::Write for Serial {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
-            while ports::read_u8(LINE_STATUS) & TRANSMITTER_EMPTY == 0 {}
-            ports::write_u8(DATA, byte);
+            if byte == b'\n' {
+                write_byte(b'\r');
+            }
+            write_byte(byte);
         }
         Ok(())
     }
 }
 
+fn write_byte(byte: u8) {
+    while ports::read_u8(LINE_STATUS) & TRANSMITTER_EMPTY == 0 {}
+    ports::write_u8(DATA, byte);
+}
+
+/// Writes text.
+#[macro_export]
+macro_rules! print {
+    ($($argument:tt)*) => {{
+        // It cannot fail.
+        let _ = ::core::fmt::Write::write_fmt(&mut $crate::serial::Serial, format_args!($($argument)*));
+    }};
+}
+
 /// Writes a line.
 #[macro_export]
-macro_rules! say {
+macro_rules! println {
     ($($argument:tt)*) => {
-        // It cannot fail.
-        let _ = ::core::fmt::Write::write_fmt(&mut $crate::serial::Serial, format_args!("{}\n", format_args!($($argument)*)));
+        $crate::print!("{}\n", format_args!($($argument)*))
     };
 }
 
@@ -41,18 +59,38 @@ macro_rules! say {
 #[derive(Default)]
 pub(crate) struct Lines {
     partial: String,
+    /// What is typed is shown, and can be taken back.
+    pub(crate) for_people: bool,
 }
 
 impl Lines {
     /// The next line, if all of it has come.
     pub(crate) fn next(&mut self) -> Option<String> {
         while ports::read_u8(LINE_STATUS) & DATA_READY != 0 {
-            match ports::read_u8(DATA) {
-                b'\n' | b'\r' => return Some(core::mem::take(&mut self.partial)),
-                byte => self.partial.push(byte.into()),
+            let byte = ports::read_u8(DATA);
+            match byte {
+                b'\n' | b'\r' => {
+                    self.echo("\n");
+                    return Some(core::mem::take(&mut self.partial));
+                }
+                BACKSPACE | DELETE if self.for_people => {
+                    if self.partial.pop().is_some() {
+                        self.echo("\x08 \x08");
+                    }
+                }
+                byte => {
+                    self.partial.push(byte.into());
+                    self.echo(char::from(byte).encode_utf8(&mut [0; 4]));
+                }
             }
         }
         None
+    }
+
+    fn echo(&self, text: &str) {
+        if self.for_people {
+            print!("{text}");
+        }
     }
 }
 
