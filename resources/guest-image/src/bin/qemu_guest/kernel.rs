@@ -171,8 +171,11 @@ impl Kernel {
             let page = self.pages[index];
             let intact = self.with_page(page, |memory| matches(pattern(index), memory));
             if !intact.map_err(|error| error.to_string())? {
-                let address = self.hotplug.address(page);
-                return Err(format!("page {index} at {address:x?} has lost its content"));
+                let address = self
+                    .hotplug
+                    .address(page)
+                    .map_err(|error| error.to_string())?;
+                return Err(format!("page {index} at {address:#x} has lost its content"));
             }
         }
         println!("{}", self.pages.len());
