@@ -85,6 +85,9 @@ Kernels, QEMU and a shell are Debian packages: fetched once, as any user, from t
 configuration, unpacked into the cache and not installed. What is in the cache is used without the network.
 Needs an amd64 machine with apt and dpkg, no KVM, and about 400 MB of disk.
 
+The prompt of `--kernel ours` knows status, load PAGES, verify, free, pin, unpin, obstacles, retry, remove, probe,
+restart and quit.
+
 Exit codes:
   0  the script held, or the prompt was left
   1  a check failed, or something could not be had or done; the error names it
