@@ -15,7 +15,7 @@ use virtio_mem_driver::driver::{Mode, Strategy};
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
 use vmm_harness::linux::{
     self, DeviceKind, KernelSeries, LinuxError, LinuxOptions, LinuxStep, Matrix, MatrixOptions,
-    Progress, SCRIPTS, Script,
+    OwnOptions, Progress, SCRIPTS, Script,
 };
 use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
 use vmm_harness::serve::control::Command as ControlCommand;
@@ -90,8 +90,10 @@ configuration, unpacked into the cache and not installed. What is in the cache i
 Needs an amd64 machine with apt and dpkg, no KVM, and about 400 MB of disk.
 
 The prompt names a socket. It takes the lines of vmem serve and answers as it does; vmem resize speaks for people.
+The prompt of --kernel ours knows status, load PAGES, verify, free, pin, unpin, obstacles, retry, remove, probe,
+restart and quit.
 
-With --matrix each script runs on each kernel with each device, and what device and guest have after each step is
+With --matrix each script runs on each Linux with each device, and what device and guest have after each step is
 compared between the devices. About 35 minutes in all with --minutes 1; --script, --kernel and --device take lists.
 
 Exit codes:
@@ -102,9 +104,12 @@ Exit codes:
 #[derive(Args)]
 #[command(group(ArgGroup::new("work").args(["script", "matrix"]).multiple(true)))]
 struct LinuxArgs {
-    /// Series of the kernel [default: 6.12; all of them with --matrix]
+    /// Linux of a series, or this project's kernel [default: 6.12; each Linux with --matrix]
     #[arg(long, value_enum, value_delimiter = ',')]
     kernel: Vec<Kernel>,
+    /// In which order the driver of `--kernel ours` plugs and unplugs [default: direct]
+    #[arg(long, value_enum)]
+    policy: Option<Policy>,
     /// Memory device of the guest [default: ours; both with --matrix]
     #[arg(long, value_enum, value_delimiter = ',')]
     device: Vec<Device>,
@@ -142,6 +147,8 @@ enum Kernel {
     /// Debian 13's newest
     #[value(name = "7.2")]
     V7_2,
+    /// This project's, which has a prompt and no scripts
+    Ours,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -152,12 +159,14 @@ enum Device {
     Qemu,
 }
 
-impl From<Kernel> for KernelSeries {
-    fn from(kernel: Kernel) -> Self {
-        match kernel {
-            Kernel::V6_1 => Self::V6_1,
-            Kernel::V6_12 => Self::V6_12,
-            Kernel::V7_2 => Self::V7_2,
+impl Kernel {
+    /// Which Linux, if it is one.
+    fn series(self) -> Option<KernelSeries> {
+        match self {
+            Self::V6_1 => Some(KernelSeries::V6_1),
+            Self::V6_12 => Some(KernelSeries::V6_12),
+            Self::V7_2 => Some(KernelSeries::V7_2),
+            Self::Ours => None,
         }
     }
 }
@@ -291,6 +300,15 @@ enum Policy {
     Linux,
 }
 
+impl From<Policy> for Strategy {
+    fn from(policy: Policy) -> Self {
+        match policy {
+            Policy::Direct => Self::Direct,
+            Policy::Linux => Self::Linux,
+        }
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum DriverMode {
     /// Sub-Block Mode: memory blocks of 128 MiB may be plugged in part; for blocks up to 64 MiB
@@ -346,10 +364,7 @@ fn run_demo(args: &DemoArgs) -> anyhow::Result<ExitCode> {
             Backing::Memfd => BackingKind::Memfd,
             Backing::Hugetlb2m => BackingKind::Hugetlb2m,
         },
-        strategy: match args.policy {
-            Policy::Direct => Strategy::Direct,
-            Policy::Linux => Strategy::Linux,
-        },
+        strategy: args.policy.into(),
         mode: args.mode.map(|mode| match mode {
             DriverMode::Sbm => Mode::SubBlock,
             DriverMode::Bbm => Mode::BigBlock,
@@ -419,27 +434,45 @@ fn run_replay(args: &ReplayArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(u8::from(totals.agreeing < totals.files)))
 }
 
+/// Options that do not go together, beyond what clap can be told.
+fn misused(args: &LinuxArgs) -> Option<(ErrorKind, String)> {
+    let own = args.kernel.iter().any(|kernel| kernel.series().is_none());
+    let conflict = |error: &str| Some((ErrorKind::ArgumentConflict, error.to_owned()));
+    if own && (args.matrix || !args.script.is_empty()) {
+        return conflict("--script and --matrix are for Linux kernels");
+    }
+    if !own && args.policy.is_some() {
+        return conflict("--policy is for --kernel ours");
+    }
+    let counts = [
+        ("kernel", args.kernel.len()),
+        ("device", args.device.len()),
+        ("script", args.script.len()),
+    ];
+    let mut several = counts.into_iter().filter(|&(_, count)| count > 1);
+    let (what, _) = several.find(|_| !args.matrix)?;
+    let error = format!("more than one {what} needs --matrix");
+    Some((ErrorKind::TooManyValues, error))
+}
+
 fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
+    if let Some((kind, error)) = misused(args) {
+        Cli::command().error(kind, error).exit();
+    }
     let cache = args.cache.clone().or_else(linux::Cache::default_path);
     let cache =
         cache.context("neither XDG_CACHE_HOME nor HOME is set; name a folder with --cache")?;
-    let kernels: Vec<_> = args
-        .kernel
-        .iter()
-        .copied()
-        .map(KernelSeries::from)
-        .collect();
+    let series = |kernels: &[Kernel]| -> Vec<_> {
+        kernels.iter().copied().filter_map(Kernel::series).collect()
+    };
+    let kernels = series(&args.kernel);
     let devices: Vec<_> = args.device.iter().copied().map(DeviceKind::from).collect();
     let named = args.script.iter().map(String::as_str);
     let scripts: Vec<_> = named.filter_map(Script::named).collect();
     let seed = args.seed.unwrap_or_else(linux::new_seed);
     let random_for = Duration::from_secs(60 * args.minutes);
     if args.matrix {
-        let all_kernels: Vec<_> = Kernel::value_variants()
-            .iter()
-            .copied()
-            .map(KernelSeries::from)
-            .collect();
+        let all_kernels = series(Kernel::value_variants());
         let all_scripts: Vec<_> = SCRIPTS.iter().collect();
         let options = MatrixOptions {
             cache: &cache,
@@ -463,24 +496,22 @@ fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
         };
         return run_linux_matrix(&options, args);
     }
-    for (what, count) in [
-        ("kernel", kernels.len()),
-        ("device", devices.len()),
-        ("script", scripts.len()),
-    ] {
-        if count > 1 {
-            let error = format!("more than one {what} needs --matrix");
-            Cli::command().error(ErrorKind::TooManyValues, error).exit();
-        }
-    }
+    let device = devices.first().copied().unwrap_or(DeviceKind::Ours);
+    let mut progress = Progress::stderr();
+    let kernel = args.kernel.first().copied().unwrap_or(Kernel::V6_12);
+    let Some(kernel) = kernel.series() else {
+        let policy = args.policy.unwrap_or(Policy::Direct);
+        let options = OwnOptions::new(&cache, policy.into(), device);
+        linux::run_own_prompt(&options, &mut progress)?;
+        return Ok(ExitCode::SUCCESS);
+    };
     let options = LinuxOptions {
         cache: &cache,
-        kernel: kernels.first().copied().unwrap_or(KernelSeries::V6_12),
-        device: devices.first().copied().unwrap_or(DeviceKind::Ours),
+        kernel,
+        device,
         seed,
         random_for,
     };
-    let mut progress = Progress::stderr();
     let Some(script) = scripts.first() else {
         linux::run_prompt(&options, &mut progress)?;
         return Ok(ExitCode::SUCCESS);

@@ -9,7 +9,6 @@ use std::time::Duration;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 use super::control::Control;
-use super::device::Host;
 use super::{LinuxError, LinuxGuest, signals};
 
 /// Ctrl-], which leaves the console as it leaves telnet.
@@ -18,20 +17,16 @@ const LEAVE: u8 = 0x1d;
 /// How long the guest is listened to before the terminal and the socket are looked at.
 const TURN: Duration = Duration::from_millis(10);
 
-/// A shell for people in the place of the one for programs; the guest ends with it.
-const SHELL: &str = "vmem stty echo onlcr </dev/console; PS1='guest# ' setsid cttyhack sh </dev/console >/dev/console 2>&1; poweroff -f\n";
-
 /// End of input, at a terminal.
 const END: u8 = 4;
 
 /// Passes bytes between terminal and console until the guest ends or the person leaves.
 pub(super) fn run(guest: &mut LinuxGuest, control: &Control) -> Result<(), LinuxError> {
-    let LinuxGuest { qemu, device, .. } = guest;
-    qemu.console.send(SHELL.as_bytes())?;
+    guest.qemu.console.send(guest.kernel.prompt().as_bytes())?;
     let _raw = RawTerminal::enter(io::stdin()).map_err(LinuxError::file("/dev/stdin"))?;
     let mut input = Some(read_input());
     loop {
-        match qemu.console.receive(TURN) {
+        match guest.qemu.console.receive(TURN) {
             Ok(bytes) => {
                 let mut out = io::stdout().lock();
                 out.write_all(&bytes)
@@ -43,19 +38,14 @@ pub(super) fn run(guest: &mut LinuxGuest, control: &Control) -> Result<(), Linux
         }
         match input.as_ref().map(Receiver::try_recv) {
             Some(Ok(bytes)) if bytes.contains(&LEAVE) => return Ok(()),
-            Some(Ok(bytes)) => qemu.console.send(&bytes)?,
+            Some(Ok(bytes)) => guest.qemu.console.send(&bytes)?,
             Some(Err(TryRecvError::Disconnected)) => {
                 input = None;
-                qemu.console.send(&[END])?;
+                guest.qemu.console.send(&[END])?;
             }
             Some(Err(TryRecvError::Empty)) | None => {}
         }
-        let pid = qemu.pid();
-        let quit = control.serve(|command| {
-            let qmp = &mut qemu.qmp;
-            device.execute(&mut Host { qmp, pid }, command)
-        });
-        if quit {
+        if control.serve(|command| guest.execute(command)) {
             return Ok(());
         }
         if signals::interrupted() {

@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::device::Host;
 use super::facts::{self, Facts};
 use super::{LinuxError, LinuxGuest, signals};
 use crate::demo::size;
@@ -84,10 +83,7 @@ impl<'a> Session<'a> {
     }
 
     pub(super) fn execute(&mut self, command: Command) -> Result<Report, LinuxError> {
-        let LinuxGuest { qemu, device, .. } = &mut self.guest;
-        let pid = qemu.pid();
-        let qmp = &mut qemu.qmp;
-        device.execute(&mut Host { qmp, pid }, command)
+        self.guest.execute(command)
     }
 
     pub(super) fn status(&mut self) -> Result<Report, LinuxError> {
