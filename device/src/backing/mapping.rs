@@ -259,9 +259,8 @@ pub(super) fn file_page_size(file: BorrowedFd<'_>) -> io::Result<u64> {
     /// Linux: `HUGETLBFS_MAGIC`.
     const HUGETLBFS: u32 = 0x9584_58f6;
     let system = rustix::fs::fstatfs(file)?;
-    // Its width and sign depend on the architecture; the number has 32 bits.
-    let huge = system.f_type as u32 == HUGETLBFS;
-    Ok(match huge {
+    // Its width depends on the architecture; the number has 32 bits.
+    Ok(match u32::try_from(system.f_type) == Ok(HUGETLBFS) {
         true => u64::try_from(system.f_bsize).map_err(io::Error::other)?,
         false => rustix::param::page_size() as u64,
     })

@@ -247,7 +247,7 @@ fn without_hooks(dump: &str) -> String {
             line.get(..name.len())
                 .is_some_and(|start| start.eq_ignore_ascii_case(name))
         };
-        !hooks.iter().chain(&read_again).any(|name| is(&name))
+        !hooks.iter().chain(&read_again).any(is)
     });
     let mut text = String::new();
     for line in kept.chain([
