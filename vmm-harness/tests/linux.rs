@@ -130,4 +130,28 @@ mod linux {
             "{error}"
         );
     }
+
+    #[test]
+    fn options_that_do_not_go_together_are_usage_errors() {
+        for (line, wanted) in [
+            ("--kernel ours --script grow-shrink", "for Linux kernels"),
+            ("--kernel ours --matrix", "for Linux kernels"),
+            ("--kernel 6.1,ours", "more than one kernel needs --matrix"),
+            ("--device ours,qemu", "more than one device needs --matrix"),
+            (
+                "--kernel 6.1 --policy linux",
+                "--policy is for --kernel ours",
+            ),
+            ("--kernel ours --minutes 0", "1..=1440"),
+        ] {
+            let output = Command::new(env!("CARGO_BIN_EXE_vmem"))
+                .arg("linux")
+                .args(line.split(' '))
+                .output()
+                .unwrap();
+            let error = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{line}: {error}");
+            assert!(error.contains(wanted), "{line}: {error}");
+        }
+    }
 }
