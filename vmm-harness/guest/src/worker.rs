@@ -29,6 +29,7 @@ pub(crate) struct Worker<'a, M, R> {
     relax: R,
     seed: u64,
     index: u64,
+    node_count: u32,
     random: Random,
     held: Vec<HeldPage>,
     /// Number of pages written so far.
@@ -42,6 +43,7 @@ impl<'a, M: PhysicalMemory, R: Fn()> Worker<'a, M, R> {
         relax: R,
         seed: u64,
         index: u64,
+        node_count: u32,
     ) -> Self {
         Self {
             hotplug,
@@ -49,6 +51,7 @@ impl<'a, M: PhysicalMemory, R: Fn()> Worker<'a, M, R> {
             relax,
             seed,
             index,
+            node_count,
             random: Random::new(seed, index),
             held: Vec::new(),
             sequence: 0,
@@ -98,8 +101,10 @@ impl<'a, M: PhysicalMemory, R: Fn()> Worker<'a, M, R> {
         if self.held.try_reserve(1).is_err() {
             return false;
         }
+        // Of any node, so that there is something in each device's memory.
+        let node = self.random.below(self.node_count as usize) as u32;
         let mut hotplug = self.hotplug.lock(&self.relax);
-        let Ok(handle) = hotplug.allocate(Mobility::Movable) else {
+        let Ok(handle) = hotplug.allocate_on(node, Mobility::Movable) else {
             return false;
         };
         let pinned = hotplug.pin(handle);
@@ -213,7 +218,7 @@ pub(crate) mod tests {
         hotplug: &'a SpinLock<Hotplug<Pages>>,
         counters: &'a WorkerCounters,
     ) -> Worker<'a, Pages, fn()> {
-        Worker::new(hotplug, counters, || (), 42, 1)
+        Worker::new(hotplug, counters, || (), 42, 1, 1)
     }
 
     fn get(counter: &AtomicU64) -> u64 {
