@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io::{self, Write};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use virtio_mem_driver::driver::{Mode, Strategy};
 use vmm_harness::demo::{self, BackingKind, DemoOptions};
 use vmm_harness::linux::{
     self, DeviceKind, KernelSeries, LinuxError, LinuxOptions, LinuxStep, Matrix, MatrixOptions,
-    OwnOptions, Progress, SCRIPTS, Script,
+    MatrixRun, OwnOptions, Progress, SCRIPTS, Script,
 };
 use vmm_harness::replay::{self, Inputs, ReplayError, Summary};
 use vmm_harness::serve::control::Command as ControlCommand;
@@ -119,6 +120,9 @@ struct LinuxArgs {
     /// Try each script on each kernel with each device, compare the devices, and print a table
     #[arg(long)]
     matrix: bool,
+    /// How many guests run at the same time
+    #[arg(long, value_name = "N", default_value = "1", requires = "matrix")]
+    jobs: NonZeroUsize,
     /// Put the results between the marks of a document
     #[arg(long, value_name = "FILE", requires = "matrix")]
     report: Option<PathBuf>,
@@ -493,6 +497,7 @@ fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
             },
             seed,
             random_for,
+            jobs: args.jobs,
         };
         return run_linux_matrix(&options, args);
     }
@@ -550,8 +555,8 @@ fn run_linux(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
 
 fn run_linux_matrix(options: &MatrixOptions<'_>, args: &LinuxArgs) -> anyhow::Result<ExitCode> {
     let mut out = io::stdout();
-    let mut show = |matrix: &Matrix| {
-        if let (false, Some(run)) = (args.json, matrix.runs().last()) {
+    let mut show = |matrix: &Matrix, run: &MatrixRun| {
+        if !args.json {
             let written = writeln!(out, "{}", matrix.line(run)).and_then(|()| out.flush());
             written.map_err(LinuxError::file("/dev/stdout"))?;
         }
