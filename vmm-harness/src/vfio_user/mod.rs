@@ -101,7 +101,7 @@ impl Server {
             vfio_user::Server::from_owned_fd(listener, resettable, irqs::info(), regions());
         Ok(Self {
             listener: Listener(listener),
-            session: Session::new(transport, memory, irqs),
+            session: Session::new(transport, memory, irqs, events.remote().clone()),
             _events: events,
         })
     }

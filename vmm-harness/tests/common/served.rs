@@ -151,6 +151,20 @@ impl Served {
         }
     }
 
+    /// How many descriptors it has, and how many of them a child of it would have as well.
+    pub(crate) fn descriptors(&self) -> (usize, usize) {
+        let fdinfo = std::fs::read_dir(format!("/proc/{}/fdinfo", self.child.id())).unwrap();
+        let is_inherited = |entry: std::io::Result<std::fs::DirEntry>| {
+            let info = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+            let flags = u32::from_str_radix(flags.unwrap().trim(), 8).unwrap();
+            flags & rustix::fs::OFlags::CLOEXEC.bits() == 0
+        };
+        let inherited: Vec<_> = fdinfo.map(is_inherited).collect();
+        let count = inherited.iter().filter(|inherited| **inherited).count();
+        (inherited.len(), count)
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         rustix::process::kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
