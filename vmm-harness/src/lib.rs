@@ -57,6 +57,7 @@ mod outcome;
 mod port;
 pub mod replay;
 pub mod serve;
+mod signals;
 mod size;
 pub mod slots;
 pub mod transport;

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::LinuxError;
 use super::progress::Phase;
-use super::signals;
 use super::sources::Source;
+use crate::signals;
 
 /// Debian's name for the only architecture the packages are wanted for.
 const ARCHITECTURE: &str = "amd64";

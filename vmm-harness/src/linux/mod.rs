@@ -32,7 +32,6 @@ mod qemu;
 mod qmp;
 mod scripts;
 mod session;
-mod signals;
 mod sources;
 
 use std::path::Path;
@@ -148,7 +147,7 @@ fn boot(
     setup: &qemu::Setup,
     progress: &mut Progress,
 ) -> Result<LinuxGuest, LinuxError> {
-    signals::catch().map_err(LinuxError::file("signal handler"))?;
+    crate::signals::catch().map_err(LinuxError::file("signal handler"))?;
     let cache = Cache::open(options.cache)?;
     let tools = Tools::get(&cache, progress)?;
     let kernel = Kernel::Linux(LinuxKernel::get(&cache, options.kernel, progress)?);

@@ -16,7 +16,7 @@ use super::kernel::Kernel;
 use super::packages::Tools;
 use super::progress::Progress;
 use super::qmp::Qmp;
-use super::signals;
+use crate::signals;
 
 /// Booting takes seconds, or a minute on a busy machine.
 const BOOT: Duration = Duration::from_secs(600);
