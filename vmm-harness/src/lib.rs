@@ -60,6 +60,7 @@ pub mod serve;
 mod signals;
 mod size;
 pub mod slots;
+mod socket;
 pub mod transport;
 mod vcpu;
 pub mod vfio_user;

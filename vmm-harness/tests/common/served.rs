@@ -165,6 +165,15 @@ impl Served {
         (inherited.len(), count)
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The file that says whose the socket is.
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.socket.with_extension("sock.lock")
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         rustix::process::kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
@@ -179,7 +188,9 @@ impl Drop for Served {
         // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.socket);
+        for left in [&self.socket, &self.lock()] {
+            let _ = std::fs::remove_file(left);
+        }
     }
 }
 
