@@ -276,7 +276,9 @@ mod tests {
                         Ok(_socket) => {
                             bound.fetch_add(1, Ordering::Relaxed);
                             // Until the others have tried.
-                            while refused.load(Ordering::Relaxed) < 3 {
+                            let tried =
+                                || bound.load(Ordering::Relaxed) + refused.load(Ordering::Relaxed);
+                            while tried() < 4 {
                                 thread::yield_now();
                             }
                             UnixStream::connect(&path).unwrap();
