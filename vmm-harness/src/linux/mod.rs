@@ -32,7 +32,6 @@ mod qemu;
 mod qmp;
 mod scripts;
 mod session;
-mod signals;
 mod sources;
 
 use std::path::Path;
@@ -149,7 +148,7 @@ fn provision(
     kernel: KernelSeries,
     progress: &mut Progress,
 ) -> Result<(Tools, LinuxKernel), LinuxError> {
-    signals::catch().map_err(LinuxError::file("signal handler"))?;
+    crate::signals::catch().map_err(LinuxError::file("signal handler"))?;
     let cache = Cache::open(cache)?;
     let tools = Tools::get(&cache, progress)?;
     let kernel = LinuxKernel::get(&cache, kernel, progress)?;

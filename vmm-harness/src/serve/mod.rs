@@ -5,17 +5,14 @@ pub mod control;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
 
-use libc::{SIGINT, SIGTERM, c_int, c_void, siginfo_t};
 use thiserror::Error;
 use virtio_mem::{BuildError, LentFiles, VirtioMem};
 use vm_memory::GuestAddress;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
-use vmm_sys_util::signal::register_signal_handler;
 
+use crate::signals;
 use crate::vfio_user::{Server, ServerError, ServerSocket, SocketError};
 
 /// What to serve, and where.
@@ -100,7 +97,12 @@ pub fn run(
     let handle = device.handle();
     // Before there is a file to leave behind.
     let (events, received) = channel();
-    signals_to(events.clone()).map_err(host("signals"))?;
+    let signalled = events.clone();
+    let tell = move || {
+        // An error is that nobody waits any more.
+        let _ = signalled.send(Event::Signal);
+    };
+    signals::on_termination(tell).map_err(host("signals"))?;
     let socket = ServerSocket::bind(&options.socket)?;
     let mut server = Server::new(&socket, device, lent)?;
 
@@ -158,39 +160,4 @@ fn read_lines(input: impl Read, events: &Sender<Event>) {
             Err(error) => return log::warn!("standard input: {error}"),
         }
     }
-}
-
-/// Written by the signal handler, which may do little more than that.
-static SIGNALLED: OnceLock<EventFd> = OnceLock::new();
-
-extern "C" fn on_signal(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    if let Some(signalled) = SIGNALLED.get() {
-        // If it fails its counter is full, and the signal known.
-        let _ = signalled.write(1);
-    }
-}
-
-/// Sends an event for SIGINT and SIGTERM instead of dying of them.
-fn signals_to(events: Sender<Event>) -> io::Result<()> {
-    let eventfd = EventFd::new(EFD_CLOEXEC)?;
-    let signalled = SIGNALLED.get_or_init(|| eventfd);
-    for signal in [SIGINT, SIGTERM] {
-        register_signal_handler(signal, on_signal)?;
-    }
-    let wait = move || {
-        let result = loop {
-            match signalled.read() {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => break result,
-            }
-        };
-        if let Err(error) = result {
-            log::error!("signals cannot be waited for: {error}");
-        }
-        let _ = events.send(Event::Signal);
-    };
-    thread::Builder::new()
-        .name("vmem-signals".into())
-        .spawn(wait)?;
-    Ok(())
 }

@@ -6,7 +6,6 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `socket.rs` | the socket: whose it is, stale ones, who may connect |
 //! | `session.rs` | the messages of one client, and what is left when it goes |
 //! | `memory.rs` | the client's memory, mapped and unmapped by it: RAM for the queue, and the device's region |
 //! | `irqs.rs` | the client's eventfds |
@@ -18,7 +17,6 @@
 mod irqs;
 mod memory;
 mod session;
-mod socket;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -40,7 +38,7 @@ use crate::transport::pci::{
     CONFIG_SPACE_SIZE, MSIX_BAR_SIZE, PciInterrupt, PciTransport, REGISTER_BAR_SIZE,
 };
 
-pub use self::socket::{ServerSocket, SocketError};
+pub use crate::socket::{ServerSocket, SocketError};
 
 /// The server cannot start, or cannot go on.
 #[derive(Debug, Error)]
@@ -101,7 +99,7 @@ impl Server {
             vfio_user::Server::from_owned_fd(listener, resettable, irqs::info(), regions());
         Ok(Self {
             listener: Listener(listener),
-            session: Session::new(transport, memory, irqs),
+            session: Session::new(transport, memory, irqs, events.remote().clone()),
             _events: events,
         })
     }

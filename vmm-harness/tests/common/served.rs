@@ -151,6 +151,29 @@ impl Served {
         }
     }
 
+    /// How many descriptors it has, and how many of them a child of it would have as well.
+    pub(crate) fn descriptors(&self) -> (usize, usize) {
+        let fdinfo = std::fs::read_dir(format!("/proc/{}/fdinfo", self.child.id())).unwrap();
+        let is_inherited = |entry: std::io::Result<std::fs::DirEntry>| {
+            let info = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+            let flags = u32::from_str_radix(flags.unwrap().trim(), 8).unwrap();
+            flags & rustix::fs::OFlags::CLOEXEC.bits() == 0
+        };
+        let inherited: Vec<_> = fdinfo.map(is_inherited).collect();
+        let count = inherited.iter().filter(|inherited| **inherited).count();
+        (inherited.len(), count)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The file that says whose the socket is.
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.socket.with_extension("sock.lock")
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         rustix::process::kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
@@ -165,7 +188,9 @@ impl Drop for Served {
         // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.socket);
+        for left in [&self.socket, &self.lock()] {
+            let _ = std::fs::remove_file(left);
+        }
     }
 }
 
