@@ -317,8 +317,9 @@ fn memory_that_cannot_be_given_back_is_the_business_of_its_client_alone() {
     guest.client.reset().unwrap();
     assert_eq!(served.plugged(), 4 * BLOCK);
     drop(guest);
-    assert_eq!(served.plugged(), 0);
+    // Once there is a next client, the one before is gone.
     works(&mut served);
+    assert_eq!(served.plugged(), 0);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! `vmem serve` as a process, and a VMM that is its client.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
@@ -34,6 +34,8 @@ pub(crate) struct Served {
     child: Child,
     commands: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
+    /// What it says on standard error, shown if the test fails.
+    log: File,
     pub(crate) socket: PathBuf,
 }
 
@@ -87,9 +89,11 @@ impl Served {
             "--size",
             "16M",
         ];
+        let log = tempfile::tempfile().unwrap();
         let mut child = vmem_serve(socket, &args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(log.try_clone().unwrap())
             .spawn()
             .unwrap();
         let commands = child.stdin.take();
@@ -98,6 +102,7 @@ impl Served {
             child,
             commands,
             answers,
+            log,
             socket: socket.to_owned(),
         };
         assert!(served.answer()["listening"].is_string());
@@ -188,6 +193,14 @@ impl Drop for Served {
         // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            let mut log = String::new();
+            let _ = self
+                .log
+                .rewind()
+                .and_then(|()| self.log.read_to_string(&mut log));
+            eprintln!("the server said:\n{log}");
+        }
         for left in [&self.socket, &self.lock()] {
             let _ = std::fs::remove_file(left);
         }
