@@ -5,23 +5,18 @@ use std::time::SystemTime;
 
 /// A small generator, seeded: the same seed is the same test.
 #[derive(Debug)]
-pub struct Random(u64);
+pub struct Random(fastrand::Rng);
 
 impl Random {
     /// The numbers that belong to `seed`.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self(seed)
+        Self(fastrand::Rng::with_seed(seed))
     }
 
     /// A number less than `bound`.
     pub fn below(&mut self, bound: u64) -> u64 {
-        // SplitMix64.
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % bound
+        self.0.u64(..bound)
     }
 
     /// True once in `times` times.
@@ -31,7 +26,7 @@ impl Random {
 
     /// An index of a slice of `len` elements.
     pub fn index(&mut self, len: usize) -> usize {
-        usize::try_from(self.below(len as u64)).expect("less than a usize")
+        self.0.usize(..len)
     }
 
     /// One of `choices`.

@@ -1,38 +1,61 @@
-//! SIGINT and SIGTERM as an end the process comes to itself.
+//! SIGINT and SIGTERM as an end the process comes to itself: files are removed, children are ended.
 
 use std::io;
-use std::sync::OnceLock;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 
-use libc::{SIGINT, SIGTERM, c_int, c_void, siginfo_t};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
-use vmm_sys_util::signal::register_signal_handler;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+use signal_hook::low_level::pipe;
 
-/// Written by the signal handler, which may do little more than that.
-static SIGNALLED: OnceLock<EventFd> = OnceLock::new();
+const TERMINATION: [i32; 2] = [SIGINT, SIGTERM];
 
-extern "C" fn on_signal(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    if let Some(signalled) = SIGNALLED.get() {
-        // If it fails its counter is full, and the signal known.
-        let _ = signalled.write(1);
+static INTERRUPTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+
+/// From now on the signals are noticed, by [`interrupted`]; a second one ends the process at once. May be repeated.
+///
+/// # Errors
+///
+/// If a handler cannot be set.
+pub(crate) fn catch() -> io::Result<()> {
+    let mut first = false;
+    let interrupted = INTERRUPTED.get_or_init(|| {
+        first = true;
+        Arc::default()
+    });
+    // With each action twice, the first signal would find the flag set, by its own first action.
+    if !first {
+        return Ok(());
     }
+    for signal in TERMINATION {
+        // In this order: the first signal finds the flag clear, the second one set.
+        flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(interrupted))?;
+        flag::register(signal, Arc::clone(interrupted))?;
+    }
+    Ok(())
 }
 
-/// Calls `tell` once, on a thread of its own, for the first SIGINT or SIGTERM, instead of dying of it. Once in a process.
+/// Whether a signal has come since [`catch`].
+pub(crate) fn interrupted() -> bool {
+    INTERRUPTED
+        .get()
+        .is_some_and(|flag| flag.load(Ordering::Relaxed))
+}
+
+/// Calls `tell` once, on a thread of its own, for the first of the signals; the process does not die of any.
+///
+/// # Errors
+///
+/// If a handler cannot be set, or there is no thread.
 pub(crate) fn on_termination(tell: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    let eventfd = EventFd::new(EFD_CLOEXEC)?;
-    let signalled = SIGNALLED.get_or_init(|| eventfd);
-    for signal in [SIGINT, SIGTERM] {
-        register_signal_handler(signal, on_signal)?;
+    let (mut signalled, handler) = UnixStream::pair()?;
+    for signal in TERMINATION {
+        pipe::register(signal, handler.try_clone()?)?;
     }
     let wait = move || {
-        let result = loop {
-            match signalled.read() {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => break result,
-            }
-        };
-        if let Err(error) = result {
+        if let Err(error) = io::Read::read_exact(&mut signalled, &mut [0]) {
             log::error!("signals cannot be waited for: {error}");
         }
         tell();

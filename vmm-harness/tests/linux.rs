@@ -3,10 +3,10 @@
 #[expect(clippy::unwrap_used, reason = "a test that cannot be set up may panic")]
 mod linux {
     use std::fs;
-    use std::io::Write;
+    use std::io::{BufRead, BufReader, Read, Write};
     use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
-    use std::process::Command;
+    use std::process::{Command, Stdio};
 
     use tempfile::TempDir;
 
@@ -37,6 +37,12 @@ mod linux {
         if Command::new("apt-get").arg("--version").output().is_err() {
             // Past the capture of the test runner. Nobody is left to tell if it fails.
             let _ = writeln!(std::io::stderr(), "SKIPPED {test}: there is no apt-get");
+            return None;
+        }
+        let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+        if !release.lines().any(|line| line == "ID=debian") {
+            let reason = "there is no apt-get of Debian's";
+            let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {reason}");
             return None;
         }
         let (list, config) = (dir.join("sources.list"), dir.join("apt.conf"));
@@ -115,6 +121,32 @@ mod linux {
             error.contains("no source for Debian's suite") && error.contains("APT_CONFIG"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn wait_for_another_one_that_fills_the_cache_is_interrupted() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("v1")).unwrap();
+        let lock = fs::File::create(dir.path().join("v1/lock")).unwrap();
+        lock.lock().unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vmem"))
+            .args(["linux", "--script", "grow-shrink", "--cache"])
+            .arg(dir.path())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut errors = BufReader::new(child.stderr.take().unwrap());
+        let mut said = String::new();
+        while !said.contains("waiting for another vmem") {
+            assert_ne!(errors.read_line(&mut said).unwrap(), 0, "{said}");
+        }
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        // A second signal would have ended it as well, and hard; so would this file, were it let go.
+        errors.read_to_string(&mut said).unwrap();
+        assert!(said.ends_with("vmem: interrupted\n"), "{said}");
+        assert_eq!(child.wait().unwrap().code(), Some(1), "{said}");
+        drop(lock);
     }
 
     #[test]

@@ -826,27 +826,23 @@ fn v_09_device_that_cannot_start_needs_a_reset_and_says_so() {
 
 #[test]
 fn any_sequence_of_accesses_leaves_a_function_that_resets_and_runs() {
-    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = fastrand::Rng::with_seed(0);
     let rig = Rig::new();
     for _ in 0..200_000 {
-        // xorshift64
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        let width = 1 << (random & 3);
+        let width = 1 << random.u32(..4);
         // Mostly small numbers and addresses inside memory, or no write would ever get far.
-        let value = (random >> 32) >> (random >> 8 & 31);
+        let value = random.u64(..) >> random.u32(32..64);
         let data = &value.to_le_bytes()[..width];
         let mut read = vec![0; width];
-        match random >> 4 & 3 {
+        match random.u32(..4) {
             0 => {
-                let offset = random >> 20 & 0xff;
+                let offset = random.u64(..0x100);
                 rig.transport.write_config_space(offset, data);
                 rig.transport.read_config_space(offset, &mut read);
             }
-            1 => rig.transport.write_bar(0, random >> 20 & 0x3fff, data),
+            1 => rig.transport.write_bar(0, random.u64(..0x4000), data),
             _ => {
-                let (offset, width) = FIELDS[(random >> 20) as usize % FIELDS.len()];
+                let (offset, width) = FIELDS[random.usize(..FIELDS.len())];
                 rig.write((offset, width), value);
                 rig.read((offset, width));
             }

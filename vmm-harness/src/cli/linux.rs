@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use clap::{ArgGroup, Args, ValueEnum};
 use vmm_harness::demo;
 use vmm_harness::linux::{
     self, DeviceKind, KernelSeries, LinuxError, LinuxOptions, LinuxStep, Matrix, MatrixOptions,
-    OwnOptions, Progress, SCRIPTS, Script,
+    MatrixRun, OwnOptions, Progress, SCRIPTS, Script,
 };
 
 use super::UsageError;
@@ -53,6 +54,9 @@ pub(crate) struct LinuxArgs {
     /// Try each script on each kernel with each device, compare the devices, and print a table
     #[arg(long)]
     matrix: bool,
+    /// How many guests run at the same time
+    #[arg(long, value_name = "N", default_value = "1", requires = "matrix")]
+    jobs: NonZeroUsize,
     /// Put the results between the marks of a document
     #[arg(long, value_name = "FILE", requires = "matrix")]
     report: Option<PathBuf>,
@@ -180,6 +184,7 @@ pub(crate) fn run(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
             },
             seed,
             random_for,
+            jobs: args.jobs,
         };
         return run_matrix(&options, args);
     }
@@ -237,8 +242,8 @@ pub(crate) fn run(args: &LinuxArgs) -> anyhow::Result<ExitCode> {
 
 fn run_matrix(options: &MatrixOptions<'_>, args: &LinuxArgs) -> anyhow::Result<ExitCode> {
     let mut out = io::stdout();
-    let mut show = |matrix: &Matrix| {
-        if let (false, Some(run)) = (args.json, matrix.runs().last()) {
+    let mut show = |matrix: &Matrix, run: &MatrixRun| {
+        if !args.json {
             let written = writeln!(out, "{}", matrix.line(run)).and_then(|()| out.flush());
             written.map_err(LinuxError::file("/dev/stdout"))?;
         }

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::LinuxError;
 use super::progress::Phase;
-use super::signals;
 use super::sources::Source;
+use crate::signals;
 
 /// Debian's name for the only architecture the packages are wanted for.
 const ARCHITECTURE: &str = "amd64";
@@ -295,10 +295,7 @@ fn machine_sources(suites: Suites) -> Result<String, LinuxError> {
     let sources: Vec<_> = files.iter().filter_map(read).flatten().collect();
 
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let codename = release
-        .lines()
-        .find_map(|line| line.strip_prefix("VERSION_CODENAME="));
-    let codename = codename.unwrap_or("stable").trim_matches('"');
+    let codename = debian_codename(&release)?;
     let suite = format!(
         "{codename}{}",
         if suites.security { "-security" } else { "" }
@@ -308,6 +305,23 @@ fn machine_sources(suites: Suites) -> Result<String, LinuxError> {
         files: format!("{}, {}", list.display(), parts.display()),
     })?;
     Ok(source.stanza(suites.names))
+}
+
+/// The name of the machine's Debian release, by os-release(5). Those made from Debian have suites of their own.
+fn debian_codename(os_release: &str) -> Result<&str, LinuxError> {
+    let field = |name| {
+        let mut lines = os_release.lines();
+        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        value.map(|value| value.trim_matches(['"', '\'']))
+    };
+    match field("ID") {
+        // Testing and unstable may have no codename.
+        Some("debian") => Ok(field("VERSION_CODENAME").unwrap_or("stable")),
+        id => {
+            let name = field("PRETTY_NAME").or(id).unwrap_or("an unknown system");
+            Err(LinuxError::Distribution(name.to_owned()))
+        }
+    }
 }
 
 /// Whether the packages are for this machine, by dpkg's name of it.
@@ -397,6 +411,25 @@ mod tests {
         assert!(check_architecture("amd64\n").is_ok());
         let error = check_architecture("arm64\n").unwrap_err().to_string();
         assert!(error.contains("this machine is arm64"), "{error}");
+    }
+
+    #[test]
+    fn mirrors_are_looked_for_on_debian_only() {
+        let debian = "VERSION_ID=\"12\"\nVERSION_CODENAME=bookworm\nID=debian\nID_LIKE=x\n";
+        assert_eq!(debian_codename(debian).unwrap(), "bookworm");
+        assert_eq!(debian_codename("ID=\"debian\"\n").unwrap(), "stable");
+        let ubuntu =
+            "PRETTY_NAME=\"Ubuntu 24.04\"\nID=ubuntu\nID_LIKE=debian\nVERSION_CODENAME=noble\n";
+        for (text, name) in [
+            (ubuntu, "Ubuntu 24.04"),
+            ("ID=void\n", "void"),
+            ("", "unknown"),
+        ] {
+            let error = debian_codename(text).unwrap_err();
+            assert!(error.is_about_packages());
+            let error = error.to_string();
+            assert!(error.contains(name) && error.contains("--cache"), "{error}");
+        }
     }
 
     #[test]

@@ -2,12 +2,18 @@
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use super::LinuxError;
 use super::progress::Progress;
+use crate::signals;
 
 /// Part of every path: a layout that older programs would misread gets a new number.
 const LAYOUT: &str = "v1";
+
+/// How often a lock that another process has is tried.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Where artefacts are kept between runs.
 #[derive(Debug)]
@@ -75,8 +81,10 @@ impl Cache {
             fs::rename(&unfinished, &path).map_err(LinuxError::file(&path))?;
             Ok(path)
         });
-        if made.is_err() {
-            remove_dir_if_there(&unfinished)?;
+        if made.is_err()
+            && let Err(error) = remove_dir_if_there(&unfinished)
+        {
+            log::warn!("what is unfinished stays: {error}");
         }
         made
     }
@@ -88,15 +96,22 @@ impl Cache {
     fn lock(&self, progress: &mut Progress) -> Result<File, LinuxError> {
         let path = self.root.join("lock");
         let file = File::create(&path).map_err(LinuxError::file(&path))?;
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(TryLockError::WouldBlock) => {
+        let mut told = false;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(source)) => return Err(LinuxError::File { path, source }),
+            }
+            if !std::mem::replace(&mut told, true) {
                 progress.note("waiting for another vmem, which fills the cache");
             }
-            Err(TryLockError::Error(source)) => return Err(LinuxError::File { path, source }),
+            // A wait in the kernel would go on after a signal.
+            if signals::interrupted() {
+                return Err(LinuxError::Interrupted);
+            }
+            thread::sleep(LOOK);
         }
-        file.lock().map_err(LinuxError::file(path))?;
-        Ok(file)
     }
 }
 
@@ -112,8 +127,6 @@ fn remove_dir_if_there(path: &Path) -> Result<(), LinuxError> {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
-    use std::thread;
-    use std::time::Duration;
 
     use super::*;
 
@@ -148,6 +161,18 @@ mod tests {
             .map(|entry| entry.unwrap().file_name())
             .collect();
         assert_eq!(names, ["whole"]);
+    }
+
+    #[test]
+    fn first_error_is_the_one_that_is_told() {
+        let (_dir, cache) = scratch();
+        let error = cache.get_or_make("a", &mut Progress::silent(), |dir, _| {
+            // It cannot be removed as a folder.
+            fs::remove_dir(dir).unwrap();
+            fs::write(dir, "").unwrap();
+            Err(LinuxError::Interrupted)
+        });
+        assert!(matches!(error, Err(LinuxError::Interrupted)), "{error:?}");
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{LinuxError, signals};
+use super::LinuxError;
+use crate::signals;
 
 /// Lines of the console shown when something went wrong.
 const REMEMBERED: usize = 30;

@@ -14,6 +14,12 @@ pub enum LinuxError {
     /// The packages exist for another machine.
     #[error("this machine is {0}; the kernels and QEMU are Debian packages for amd64")]
     Architecture(String),
+    /// The machine's apt has another distribution's mirrors.
+    #[error(
+        "this machine runs {0}; kernels and QEMU come from the Debian mirror that a Debian machine's apt is set up \
+         for: on others, use a cache that was filled on Debian (--cache)"
+    )]
+    Distribution(String),
     /// One of Debian's package tools is missing.
     #[error(
         "{program} cannot be run ({source}): Debian's package tools fill the cache; \
@@ -105,6 +111,7 @@ impl LinuxError {
         matches!(
             self,
             Self::Architecture(_)
+                | Self::Distribution(_)
                 | Self::Tool { .. }
                 | Self::NoMirror { .. }
                 | Self::Packages { .. }

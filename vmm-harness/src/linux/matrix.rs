@@ -1,8 +1,13 @@
 //! Every kernel with every script on both devices, and where the two devices differ.
 
 use std::fmt::Write;
+use std::iter::Enumerate;
+use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
+use std::vec::IntoIter;
 
 use serde::Serialize;
 
@@ -24,6 +29,8 @@ pub struct MatrixOptions<'a> {
     pub seed: u64,
     /// How long random resizing goes on.
     pub random_for: Duration,
+    /// How many guests run at the same time.
+    pub jobs: NonZeroUsize,
 }
 
 /// One script on one kernel with one device.
@@ -51,36 +58,103 @@ pub struct Matrix {
     runs: Vec<MatrixRun>,
 }
 
-/// Runs all of it, whatever fails, and calls `show` after each run; the last one is new.
+impl<'a> MatrixOptions<'a> {
+    /// What there is to run.
+    fn runs(&self) -> Vec<(LinuxOptions<'a>, &'static Script)> {
+        let mut runs = Vec::new();
+        for &device in self.devices {
+            for &kernel in self.kernels {
+                for &script in self.scripts {
+                    if device != DeviceKind::Ours && script.needs_ours() {
+                        continue;
+                    }
+                    let options = LinuxOptions {
+                        cache: self.cache,
+                        kernel,
+                        device,
+                        seed: self.seed,
+                        random_for: self.random_for,
+                    };
+                    runs.push((options, script));
+                }
+            }
+        }
+        runs
+    }
+}
+
+/// What is told of each run, with all so far.
+type Show<'a> = dyn FnMut(&Matrix, &MatrixRun) -> Result<(), LinuxError> + Send + 'a;
+
+/// What the workers share.
+struct Work<'a> {
+    /// Runs nobody has begun, with their places among all.
+    left: Enumerate<IntoIter<(LinuxOptions<'a>, &'static Script)>>,
+    /// Places of the runs that are over.
+    places: Vec<usize>,
+    matrix: Matrix,
+    show: &'a mut Show<'a>,
+    error: Option<LinuxError>,
+}
+
+impl Work<'_> {
+    /// Adds what has been run, in the order it was asked for.
+    fn add(&mut self, place: usize, run: MatrixRun) -> Result<(), LinuxError> {
+        let at = self.places.partition_point(|&other| other < place);
+        self.places.insert(at, place);
+        self.matrix.runs.insert(at, run);
+        (self.show)(&self.matrix, &self.matrix.runs[at])
+    }
+}
+
+/// Runs all of it, whatever fails, and calls `show` after each run, with all runs so far and the new one.
 ///
 /// # Errors
 ///
 /// If it is interrupted, or kernel and QEMU are not to be had. What a script finds is in the matrix.
-pub fn run_matrix(
-    options: &MatrixOptions<'_>,
+pub fn run_matrix<'a>(
+    options: &MatrixOptions<'a>,
     progress: &mut Progress,
-    show: &mut dyn FnMut(&Matrix) -> Result<(), LinuxError>,
+    show: &'a mut Show<'a>,
 ) -> Result<Matrix, LinuxError> {
-    let mut matrix = Matrix::default();
-    for &device in options.devices {
+    let work = Mutex::new(Work {
+        left: options.runs().into_iter().enumerate(),
+        places: Vec::new(),
+        matrix: Matrix::default(),
+        show,
+        error: None,
+    });
+    if options.jobs.get() == 1 {
+        work_off(&work, progress);
+    } else {
+        // Here it can be seen; each of the workers would wait for it.
         for &kernel in options.kernels {
-            for &script in options.scripts {
-                if device != DeviceKind::Ours && script.needs_ours() {
-                    continue;
-                }
-                let run = LinuxOptions {
-                    cache: options.cache,
-                    kernel,
-                    device,
-                    seed: options.seed,
-                    random_for: options.random_for,
-                };
-                matrix.runs.push(one(&run, script, progress)?);
-                show(&matrix)?;
+            super::provision(options.cache, kernel, progress)?;
+        }
+        thread::scope(|scope| {
+            for _ in 0..options.jobs.get() {
+                scope.spawn(|| work_off(&work, &mut progress.beside_others()));
             }
+        });
+    }
+    let work = work.into_inner().unwrap_or_else(PoisonError::into_inner);
+    work.error.map_or(Ok(work.matrix), Err)
+}
+
+/// Runs what nobody else has begun, until nothing is left or a run cannot be had.
+fn work_off(work: &Mutex<Work<'_>>, progress: &mut Progress) {
+    let lock = || work.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        let Some((place, (options, script))) = lock().left.next() else {
+            return;
+        };
+        let run = one(&options, script, progress);
+        let mut work = lock();
+        if let Err(error) = run.and_then(|run| work.add(place, run)) {
+            work.left = Vec::new().into_iter().enumerate();
+            work.error.get_or_insert(error);
         }
     }
-    Ok(matrix)
 }
 
 fn one(
@@ -415,6 +489,7 @@ mod tests {
             devices: &[],
             seed: 7,
             random_for: Duration::from_secs(60),
+            jobs: NonZeroUsize::MIN,
         });
         assert!(text.contains("Differs, sub-block, Linux 6.12: a: requested 6 MiB"));
         assert!(text.contains("- linux-image 1\n- VMEM_SEED=7, random resizing for 60 s\n"));

@@ -32,7 +32,6 @@ mod qemu;
 mod qmp;
 mod scripts;
 mod session;
-mod signals;
 mod sources;
 
 use std::path::Path;
@@ -143,15 +142,26 @@ struct LinuxGuest {
     versions: Vec<String>,
 }
 
+/// What a guest needs, from the cache or into it.
+fn provision(
+    cache: &Path,
+    kernel: KernelSeries,
+    progress: &mut Progress,
+) -> Result<(Tools, LinuxKernel), LinuxError> {
+    crate::signals::catch().map_err(LinuxError::file("signal handler"))?;
+    let cache = Cache::open(cache)?;
+    let tools = Tools::get(&cache, progress)?;
+    let kernel = LinuxKernel::get(&cache, kernel, progress)?;
+    Ok((tools, kernel))
+}
+
 fn boot(
     options: &LinuxOptions<'_>,
     setup: &qemu::Setup,
     progress: &mut Progress,
 ) -> Result<LinuxGuest, LinuxError> {
-    signals::catch().map_err(LinuxError::file("signal handler"))?;
-    let cache = Cache::open(options.cache)?;
-    let tools = Tools::get(&cache, progress)?;
-    let kernel = Kernel::Linux(LinuxKernel::get(&cache, options.kernel, progress)?);
+    let (tools, kernel) = provision(options.cache, options.kernel, progress)?;
+    let kernel = Kernel::Linux(kernel);
     LinuxGuest::start(&tools, kernel, options.device, setup, progress)
 }
 

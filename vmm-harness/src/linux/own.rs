@@ -12,8 +12,9 @@ use super::packages::Tools;
 use super::progress::Progress;
 use super::qemu::Setup;
 use super::session::{LONG, until};
-use super::{DeviceKind, LinuxError, LinuxGuest, scripts, signals};
+use super::{DeviceKind, LinuxError, LinuxGuest, scripts};
 use crate::serve::control::{Command, Report};
+use crate::signals;
 
 /// What to run. Sizes are in bytes.
 #[derive(Clone, Debug)]

@@ -25,6 +25,15 @@ impl Progress {
         Self { mode }
     }
 
+    /// The same for one of several who work at the same time: lines that stay where they are.
+    pub(super) fn beside_others(&self) -> Self {
+        let mode = match self.mode {
+            Mode::Silent => Mode::Silent,
+            Mode::Lines | Mode::Live => Mode::Lines,
+        };
+        Self { mode }
+    }
+
     /// To nobody.
     #[must_use]
     pub fn silent() -> Self {

@@ -9,7 +9,8 @@ use std::time::Duration;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 use super::control::Control;
-use super::{LinuxError, LinuxGuest, signals};
+use super::{LinuxError, LinuxGuest};
+use crate::signals;
 
 /// Ctrl-], which leaves the console as it leaves telnet.
 const LEAVE: u8 = 0x1d;

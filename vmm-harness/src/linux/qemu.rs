@@ -16,7 +16,7 @@ use super::kernel::Kernel;
 use super::packages::Tools;
 use super::progress::Progress;
 use super::qmp::Qmp;
-use super::signals;
+use crate::signals;
 
 /// Booting takes seconds, or a minute on a busy machine.
 const BOOT: Duration = Duration::from_secs(600);
@@ -101,9 +101,7 @@ impl Qemu {
         options.insert_str(0, &kernel.options(setup));
         command.args(kernel.qemu_options(tools, dir.path())?);
         command.arg("-append").arg(options);
-        command
-            .arg("-qmp")
-            .arg(format!("unix:{},server=on,wait=off", socket.display()));
+        command.arg("-qmp").arg(qmp_option(&socket));
         command.args(device.qemu_options(setup, dir.path())?);
         let mut phase = progress.phase("boot");
         let (mut process, input, output) = Process::spawn(command, dir)?;
@@ -196,6 +194,12 @@ impl Process {
     }
 }
 
+/// QEMU listens at `socket`. A comma would end the path, but for two of them.
+fn qmp_option(socket: &Path) -> String {
+    let path = socket.display().to_string().replace(',', ",,");
+    format!("unix:{path},server=on,wait=off")
+}
+
 /// QEMU with the C library it was built for, which need not be that of this machine.
 fn own_loader(root: &Path) -> Command {
     let libraries = root.join("usr/lib/x86_64-linux-gnu");
@@ -232,6 +236,14 @@ mod tests {
         assert!(
             error.contains("no such machine") && error.contains("exit status: 3"),
             "{error}"
+        );
+    }
+
+    #[test]
+    fn control_socket_may_be_at_any_path() {
+        assert_eq!(
+            qmp_option(Path::new("/tmp/a,b/qmp")),
+            "unix:/tmp/a,,b/qmp,server=on,wait=off"
         );
     }
 

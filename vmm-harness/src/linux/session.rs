@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::facts::{self, Facts};
-use super::{LinuxError, LinuxGuest, signals};
+use super::{LinuxError, LinuxGuest};
 use crate::demo::size;
 use crate::serve::control::{Command, Report};
+use crate::signals;
 
 /// Far longer than any single step takes, even where the kernel waits 50 seconds before it tries again.
 pub(super) const LONG: Duration = Duration::from_secs(600);

@@ -353,7 +353,7 @@ impl<M, I> TransportCore<M, I> {
         &self.device
     }
 
-    pub(super) fn interrupt(&self) -> &I {
+    pub(super) fn interrupt(&self) -> &Arc<I> {
         &self.interrupt
     }
 

@@ -2,9 +2,12 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::OFlags;
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_INFO_AUTOMASKED, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE,
     VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_TYPE_MASK,
@@ -14,7 +17,7 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_user::IrqInfo;
 
-use crate::transport::pci::{PciSignals, VECTOR_COUNT};
+use crate::transport::pci::{PciInterrupt, PciSignals, VECTOR_COUNT};
 
 const VECTORS: usize = VECTOR_COUNT as usize;
 
@@ -50,7 +53,7 @@ pub(super) fn info() -> Vec<IrqInfo> {
 }
 
 impl Irqs {
-    /// A SET_IRQS message. Afterwards the line may have to be asserted again.
+    /// A SET_IRQS message, but for [`is_unmask_by_eventfd`]. Afterwards the line may have to be asserted again.
     pub(super) fn set(
         &self,
         index: u32,
@@ -85,6 +88,15 @@ impl Irqs {
         Ok(())
     }
 
+    /// Whether the client wants to hear of the interrupt line.
+    pub(super) fn line_is_connected(&self) -> bool {
+        self.state().line.is_some()
+    }
+
+    fn unmask_line(&self) {
+        self.state().line_is_masked = false;
+    }
+
     /// Forgets the client's eventfds.
     pub(super) fn clear(&self) {
         *self.state() = State::default();
@@ -96,6 +108,50 @@ impl Irqs {
     }
 }
 
+/// Whether a SET_IRQS message gives an eventfd that is to unmask the line: see [`Unmask`].
+pub(super) fn is_unmask_by_eventfd(index: u32, flags: u32) -> bool {
+    let unmask = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_UNMASK;
+    (index, flags) == (VFIO_PCI_INTX_IRQ_INDEX, unmask)
+}
+
+/// Unmasks the line whenever the client's eventfd is signalled, as KVM does at the end of the guest's interrupt.
+///
+/// The eventfd is never read, for that could wait: each signal is an edge of its own.
+pub(super) struct Unmask {
+    eventfd: File,
+    irqs: Arc<Irqs>,
+    interrupt: Arc<PciInterrupt>,
+}
+
+impl Unmask {
+    /// What listens to `eventfd`.
+    pub(super) fn new(
+        eventfd: File,
+        irqs: &Arc<Irqs>,
+        interrupt: &Arc<PciInterrupt>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            eventfd: checked(eventfd)?,
+            irqs: Arc::clone(irqs),
+            interrupt: Arc::clone(interrupt),
+        })
+    }
+}
+
+impl MutEventSubscriber for Unmask {
+    fn init(&mut self, ops: &mut EventOps) {
+        let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        if let Err(error) = ops.add(Events::new(&self.eventfd, edges)) {
+            log::error!("the client's unmasking of its interrupt is not heard: {error:?}");
+        }
+    }
+
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        self.irqs.unmask_line();
+        self.interrupt.refresh_line();
+    }
+}
+
 impl State {
     /// Takes an eventfd for each interrupt, or none for any: then those are signalled no more.
     fn connect(&mut self, index: u32, start: u32, count: u32, fds: Vec<File>) -> io::Result<()> {
@@ -103,7 +159,8 @@ impl State {
         if !fds.is_empty() && fds.len() != eventfds.len() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let mut fds = fds.into_iter();
+        let fds: io::Result<Vec<_>> = fds.into_iter().map(checked).collect();
+        let mut fds = fds?.into_iter();
         for eventfd in eventfds {
             *eventfd = fds.next();
         }
@@ -161,7 +218,19 @@ impl PciSignals for Irqs {
     }
 }
 
-/// Signals an eventfd, if there is one. What the client gave may be anything: it must not make the device wait.
+/// `file`, if it is an eventfd: of anything else nobody could say that it does not make the device wait.
+fn checked(file: File) -> io::Result<File> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    if link.as_os_str() != "anon_inode:[eventfd]" {
+        let error = "not an eventfd";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, error));
+    }
+    // The client may undo it, which is why `signal` does not rely on it alone.
+    rustix::fs::fcntl_setfl(&file, OFlags::NONBLOCK)?;
+    Ok(file)
+}
+
+/// Signals an eventfd, if there is one. The client may have filled it: it must not make the device wait.
 fn signal(eventfd: &mut Option<File>) {
     let Some(eventfd) = eventfd else {
         return;

@@ -13,6 +13,9 @@ use vm_memory::{
 
 use crate::events::Remote;
 
+/// Maps at a time: what a client may count on whose server names no other number (`max_dma_maps`).
+const MAX_MAPS: usize = 65_535;
+
 /// Guest memory as the device sees it now.
 pub(super) type Space = GuestMemoryAtomic<GuestRegionCollection<MemoryRegion>>;
 
@@ -67,9 +70,17 @@ impl ClientMemory {
         file: Option<(File, u64)>,
     ) -> io::Result<()> {
         let range = whole_pages(address, size)?;
-        if self.maps.iter().any(|map| overlap(&map.range, &range)) {
+        let touched = self.touched_by(&range);
+        if !touched.is_empty() {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
+        if self.maps.len() >= MAX_MAPS {
+            return Err(io::Error::new(
+                io::ErrorKind::QuotaExceeded,
+                format!("there are {MAX_MAPS} maps already"),
+            ));
+        }
+        let without_file = file.is_none();
         let device = self.region.start_addr().0..self.region.start_addr().0 + self.region.len();
         let mut ram = Vec::new();
         if let Some((file, offset)) = file {
@@ -109,10 +120,10 @@ impl ClientMemory {
                 self.lent.lend(inside, file.try_clone()?, offset)?;
             }
         }
-        let at = self
-            .maps
-            .partition_point(|map| map.range.start < range.start);
-        self.maps.insert(at, Map { range, ram });
+        self.maps.insert(touched.start, Map { range, ram });
+        if without_file {
+            return Ok(());
+        }
         self.publish();
         // A PLUG that found no memory is worth another try.
         self.handle.retry();
@@ -134,34 +145,40 @@ impl ClientMemory {
 
     fn unmap_range(&mut self, range: Range<u64>) -> io::Result<()> {
         let inside = |map: &Map| range.start <= map.range.start && map.range.end <= range.end;
-        if self
-            .maps
-            .iter()
-            .any(|map| overlap(&map.range, &range) && !inside(map))
-        {
+        let touched = self.touched_by(&range);
+        if !self.maps[touched.clone()].iter().all(inside) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "part of a map cannot be unmapped",
             ));
         }
-        let unmapped: Vec<_> = self.maps.extract_if(.., |map| inside(map)).collect();
-        if unmapped.is_empty() {
+        if touched.is_empty() {
             return Ok(());
         }
+        let unmapped: Vec<_> = self.maps.drain(touched).collect();
         let (start, len) = (self.region.start_addr().0, self.region.len());
-        let lent = |map: &Map| overlap(&map.range, &(start..start + len));
+        let offset = |address: u64| address.clamp(start, start + len) - start;
+        let in_region = |map: &Map| offset(map.range.start)..offset(map.range.end);
+        let lent: Vec<_> = unmapped.iter().map(in_region).collect();
         // Before it is taken back, so that nobody finds a hole in the region.
-        self.publish_without_region(unmapped.iter().any(lent));
+        self.publish_without_region(lent.iter().any(|range| !range.is_empty()));
         // The queue's handler may be at a request with memory as it was before.
         if let Err(error) = self.events.barrier() {
             log::debug!("the event loop is gone: {error}");
         }
-        let offset = |address: u64| address.clamp(start, start + len) - start;
-        for map in unmapped.iter().filter(|map| lent(map)) {
-            self.lent
-                .take_back(offset(map.range.start)..offset(map.range.end))?;
+        for range in lent {
+            self.lent.take_back(range)?;
         }
         Ok(())
+    }
+
+    /// Which of the maps have a part in `range`.
+    fn touched_by(&self, range: &Range<u64>) -> Range<usize> {
+        let first = self
+            .maps
+            .partition_point(|map| map.range.end <= range.start);
+        let end = self.maps.partition_point(|map| map.range.start < range.end);
+        first..end
     }
 
     fn publish(&self) {
@@ -197,10 +214,6 @@ fn whole_pages(address: u64, size: u64) -> io::Result<Range<u64>> {
     let end = end.filter(|_| (address | size).is_multiple_of(page_size));
     end.map(|end| address..end)
         .ok_or_else(|| io::ErrorKind::InvalidInput.into())
-}
-
-fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
-    a.start < b.end && b.start < a.end
 }
 
 #[cfg(test)]
@@ -275,6 +288,33 @@ mod tests {
             "taken away from under a request"
         );
         assert!(!lent.is_whole());
+        events.stop();
+    }
+
+    #[test]
+    fn client_has_so_many_maps_and_no_more() {
+        let mut events = EventLoop::start().unwrap();
+        let lent = LentFiles::new(SIZE).unwrap();
+        let device = VirtioMem::builder(GuestAddress(START), lent.clone());
+        let device = device.block_size(2 << 20).build().unwrap();
+        let mut memory = ClientMemory::new(&device, lent.clone(), events.remote().clone());
+        for page in 0..MAX_MAPS as u64 {
+            memory.map(page << 12, 4096, None).unwrap();
+        }
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(SIZE).unwrap();
+        let map = |memory: &mut ClientMemory| {
+            let file = file.try_clone().unwrap();
+            memory.map(START, SIZE, Some((file, 0)))
+        };
+        let error = map(&mut memory).unwrap_err().to_string();
+        assert_eq!(error, "there are 65535 maps already");
+        assert!(!lent.is_whole());
+        memory.unmap(4096, 4096).unwrap();
+        map(&mut memory).unwrap();
+        assert!(lent.is_whole());
+        memory.unmap_all();
+        assert!(!lent.is_whole() && memory.maps.is_empty());
         events.stop();
     }
 }

@@ -6,7 +6,6 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `socket.rs` | the socket: whose it is, stale ones, who may connect |
 //! | `session.rs` | the messages of one client, and what is left when it goes |
 //! | `memory.rs` | the client's memory, mapped and unmapped by it: RAM for the queue, and the device's region |
 //! | `irqs.rs` | the client's eventfds |
@@ -100,7 +99,7 @@ impl Server {
             vfio_user::Server::from_owned_fd(listener, resettable, irqs::info(), regions());
         Ok(Self {
             listener: Listener(listener),
-            session: Session::new(transport, memory, irqs),
+            session: Session::new(transport, memory, irqs, events.remote().clone()),
             _events: events,
         })
     }

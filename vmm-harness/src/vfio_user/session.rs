@@ -4,11 +4,14 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use event_manager::SubscriberId;
+use rustix::io::FdFlags;
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, ServerBackend};
 
-use super::irqs::Irqs;
+use super::irqs::{self, Irqs, Unmask};
 use super::memory::{ClientMemory, Space};
+use crate::events::Remote;
 use crate::transport::pci::{CONFIG_SPACE_SIZE, MSIX_BAR_SIZE, PciTransport, REGISTER_BAR_SIZE};
 
 /// The device, as far as a client changes it.
@@ -17,6 +20,9 @@ pub(super) struct Session {
     transport: PciTransport<Space>,
     memory: ClientMemory,
     irqs: Arc<Irqs>,
+    events: Remote,
+    /// What listens to the eventfd that unmasks the interrupt line, if there is one.
+    unmask: Option<SubscriberId>,
 }
 
 /// What a region of the device is.
@@ -30,11 +36,14 @@ impl Session {
         transport: PciTransport<Space>,
         memory: ClientMemory,
         irqs: Arc<Irqs>,
+        events: Remote,
     ) -> Self {
         Self {
             transport,
             memory,
             irqs,
+            events,
+            unmask: None,
         }
     }
 
@@ -43,12 +52,38 @@ impl Session {
     pub(super) fn end(&mut self) {
         self.transport.reset();
         self.irqs.clear();
+        self.stop_unmasking();
         self.memory.unmap_all();
         let device = self.transport.device();
         // Whoever froze the device did so because of the memory that is gone now.
         device.handle().thaw();
         if let Err(error) = device.system_reset() {
             log::error!("blocks of a client that is gone stay plugged: {error}");
+        }
+    }
+
+    /// Unmasks the interrupt line by `eventfds`, which are one or none, from now on.
+    fn unmask_by(&mut self, start: u32, count: u32, eventfds: Vec<File>) -> io::Result<()> {
+        if (start, count) != (0, 1) || eventfds.len() > 1 || !self.irqs.line_is_connected() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let listeners = eventfds
+            .into_iter()
+            .map(|eventfd| Unmask::new(eventfd, &self.irqs, self.transport.interrupt()));
+        let listener = listeners.collect::<io::Result<Vec<_>>>()?.pop();
+        self.stop_unmasking();
+        if let Some(listener) = listener {
+            let id = self.events.add(Box::new(listener));
+            self.unmask = Some(id.map_err(io::Error::other)?);
+        }
+        Ok(())
+    }
+
+    fn stop_unmasking(&mut self) {
+        if let Some(id) = self.unmask.take()
+            && let Err(error) = self.events.remove(id)
+        {
+            log::debug!("the event loop is gone: {error}");
         }
     }
 
@@ -76,6 +111,11 @@ fn region(index: u32, offset: u64, len: usize) -> io::Result<Region> {
     }
 }
 
+/// What the crate receives would be left to whatever this process executes.
+fn keep_from_children(file: &File) -> io::Result<()> {
+    Ok(rustix::io::fcntl_setfd(file, FdFlags::CLOEXEC)?)
+}
+
 impl ServerBackend for Session {
     fn region_read(&mut self, index: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
         match region(index, offset, data.len())? {
@@ -101,6 +141,9 @@ impl ServerBackend for Session {
         size: u64,
         fd: Option<File>,
     ) -> io::Result<()> {
+        if let Some(file) = &fd {
+            keep_from_children(file)?;
+        }
         // The device writes answers: memory it may only read is of no use to it.
         let file = fd.filter(|_| flags.contains(DmaMapFlags::READ_WRITE));
         let file = file.map(|file| (file, offset));
@@ -131,7 +174,16 @@ impl ServerBackend for Session {
         count: u32,
         fds: Vec<File>,
     ) -> io::Result<()> {
-        self.irqs.set(index, flags, start, count, fds)?;
+        for fd in &fds {
+            keep_from_children(fd)?;
+        }
+        match irqs::is_unmask_by_eventfd(index, flags) {
+            true => self.unmask_by(start, count, fds)?,
+            false => self.irqs.set(index, flags, start, count, fds)?,
+        }
+        if !self.irqs.line_is_connected() {
+            self.stop_unmasking();
+        }
         // Unmasked, or connected, while there is something pending.
         self.transport.interrupt().refresh_line();
         Ok(())

@@ -1,7 +1,7 @@
 //! `vmem serve` as a process, and a VMM that is its client.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
@@ -34,6 +34,8 @@ pub(crate) struct Served {
     child: Child,
     commands: Option<ChildStdin>,
     answers: BufReader<ChildStdout>,
+    /// What it says on standard error, shown if the test fails.
+    log: File,
     pub(crate) socket: PathBuf,
 }
 
@@ -73,11 +75,6 @@ pub(crate) fn refused(socket: &Path, args: &[&str]) -> (Option<i32>, String) {
 }
 
 impl Served {
-    /// The process's.
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// A device of [`REGION`] bytes in blocks of [`BLOCK`], of which 16 MiB are requested.
     pub(crate) fn start() -> Self {
         Self::start_at(&socket_path())
@@ -92,9 +89,11 @@ impl Served {
             "--size",
             "16M",
         ];
+        let log = tempfile::tempfile().unwrap();
         let mut child = vmem_serve(socket, &args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(log.try_clone().unwrap())
             .spawn()
             .unwrap();
         let commands = child.stdin.take();
@@ -103,6 +102,7 @@ impl Served {
             child,
             commands,
             answers,
+            log,
             socket: socket.to_owned(),
         };
         assert!(served.answer()["listening"].is_string());
@@ -156,6 +156,29 @@ impl Served {
         }
     }
 
+    /// How many descriptors it has, and how many of them a child of it would have as well.
+    pub(crate) fn descriptors(&self) -> (usize, usize) {
+        let fdinfo = std::fs::read_dir(format!("/proc/{}/fdinfo", self.child.id())).unwrap();
+        let is_inherited = |entry: std::io::Result<std::fs::DirEntry>| {
+            let info = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+            let flags = u32::from_str_radix(flags.unwrap().trim(), 8).unwrap();
+            flags & rustix::fs::OFlags::CLOEXEC.bits() == 0
+        };
+        let inherited: Vec<_> = fdinfo.map(is_inherited).collect();
+        let count = inherited.iter().filter(|inherited| **inherited).count();
+        (inherited.len(), count)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The file that says whose the socket is.
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.socket.with_extension("sock.lock")
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         rustix::process::kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
@@ -170,7 +193,17 @@ impl Drop for Served {
         // It may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.socket);
+        if std::thread::panicking() {
+            let mut log = String::new();
+            let _ = self
+                .log
+                .rewind()
+                .and_then(|()| self.log.read_to_string(&mut log));
+            eprintln!("the server said:\n{log}");
+        }
+        for left in [&self.socket, &self.lock()] {
+            let _ = std::fs::remove_file(left);
+        }
     }
 }
 

@@ -226,7 +226,7 @@ impl<M> PciTransport<M> {
 
     /// Interrupts raised, and their status.
     #[must_use]
-    pub fn interrupt(&self) -> &PciInterrupt {
+    pub fn interrupt(&self) -> &Arc<PciInterrupt> {
         self.core.interrupt()
     }
 
