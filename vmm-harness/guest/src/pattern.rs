@@ -39,7 +39,7 @@ impl Random {
 
 /// The contents of one page: the stream of splitmix64 from a start of its own.
 ///
-/// For one seed, different workers or sequence numbers have different starts, because [`mix`] is a permutation;
+/// For one seed, different workers or sequence numbers have different starts, because `mix` is a permutation;
 /// sequence numbers are below 2^56.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pattern(u64);
