@@ -176,7 +176,6 @@ impl Layout {
     }
 
     /// What the guest's page tables map, in large pages.
-    #[must_use]
     pub fn mapped(&self) -> impl Iterator<Item = Range<u64>> {
         let low = [
             IMAGE_START..self.page_tables.start,

@@ -34,7 +34,11 @@ impl BarePlatform {
     ///
     /// [`MmioError`] if one is not there.
     pub fn transports(&self) -> Result<Vec<MmioTransport<'static>>, MmioError> {
-        let devices = self.boot.devices.iter().take(address(self.boot.device_count));
+        let devices = self
+            .boot
+            .devices
+            .iter()
+            .take(address(self.boot.device_count));
         let transport = |device: &DeviceInfo| {
             let header = ptr::with_exposed_provenance_mut(address(device.virtio_mmio));
             let header =

@@ -172,7 +172,7 @@ impl<P: Platform> Guest<P> {
             // Linux's driver leaves it to the core, and its users boot with `memhp_default_state=online_movable`.
             config.default_online_type = Some(OnlineType::Movable);
         }
-        // Nodes are numbered in the order of their domains, as Linux does.
+        // Nodes are numbered in the order of their domains, which is how firmware usually lists them.
         let domains: BTreeSet<u32> = parameters.domains.into_iter().flatten().collect();
         config.possible_nodes = config.possible_nodes.max(domains.len() as u32);
         // Boot memory is the program's own, the core has none of it.
