@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 use virtio_mem_wire::Geometry;
-use vmem_guest::abi::{MAX_VCPUS, Mailbox};
+use vmem_guest::abi::{MAX_VCPUS, Mailbox, map};
 
 /// Bytes in a page.
 pub const PAGE: u64 = 0x1000;
@@ -50,7 +50,7 @@ pub struct Layout {
     pub boot_info: u64,
     /// Address of the mailbox.
     pub mailbox: u64,
-    /// The words of the guest's view of the blocks.
+    /// The words of the guest's view of the blocks, all [`map`]s.
     pub view: Range<u64>,
     /// The stacks, one after the other.
     pub stacks: Range<u64>,
@@ -122,7 +122,7 @@ impl Layout {
         let boot_info = image_end.next_multiple_of(PAGE);
         let mailbox = boot_info + PAGE;
         let view = mailbox + Mailbox::PAGES_LEN;
-        let view_len = geometry.block_count().div_ceil(64) * 8;
+        let view_len = geometry.block_count().div_ceil(64) * 8 * map::COUNT as u64;
         let stacks = (view + view_len).next_multiple_of(PAGE);
         let heap = stacks + STACK_LEN * vcpu_count as u64;
         let tables_len = table_count(&region) * PAGE;
@@ -201,7 +201,7 @@ mod tests {
                 "{gap:x?}"
             );
         }
-        assert_eq!(layout.view.end - layout.view.start, 2048 / 8);
+        assert_eq!(layout.view.end - layout.view.start, 4 * 2048 / 8);
         assert_eq!(layout.stack_top(1), layout.heap.start);
     }
 

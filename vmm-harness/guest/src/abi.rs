@@ -6,7 +6,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// First field of [`BootInfo`], so that an image built for another layout stops at once.
-pub const BOOT_MAGIC: u64 = 0x7631_6d65_6d76_0002;
+pub const BOOT_MAGIC: u64 = 0x7631_6d65_6d76_0003;
 
 /// How the guest finds its world. One per guest, in boot memory; the guest only reads it.
 ///
@@ -25,7 +25,7 @@ pub struct BootInfo {
     pub heap_size: u64,
     /// Address of the [`Mailbox`].
     pub mailbox: u64,
-    /// Address of the map the guest publishes, one bit per device block in 64-bit words, see
+    /// Address of the [`maps`](map) the guest publishes, each of one bit per device block in 64-bit words, see
     /// [`Mailbox::report_request`].
     pub view: u64,
     /// Number of 64-bit words at `view`.
@@ -52,6 +52,21 @@ pub mod driver {
     pub const LINUX: u64 = 1 << 0;
     /// Big-Block Mode: asked for even where Sub-Block Mode is possible.
     pub const BIG_BLOCK: u64 = 1 << 1;
+}
+
+/// The maps at [`BootInfo::view`], one after the other, each with the same number of words.
+pub mod map {
+    /// Blocks the driver believes plugged.
+    pub const PLUGGED: usize = 0;
+    /// Of those, the ones the page allocator works with. This and the maps after it are as of the last report that
+    /// [`Mailbox::use_request`](super::Mailbox::use_request) was asked for with.
+    pub const ONLINE: usize = 1;
+    /// Of those, the ones in zone Movable.
+    pub const MOVABLE: usize = 2;
+    /// Of those online, the ones with a page that cannot be moved now.
+    pub const PINNED: usize = 3;
+    /// Number of maps.
+    pub const COUNT: usize = 4;
 }
 
 /// Port registers, 32 bits each, offsets from [`BootInfo::port`].
@@ -171,6 +186,8 @@ pub struct Mailbox {
     pub rogue_address: AtomicU64,
     /// Host: raised by one to ask for a report.
     pub report_request: AtomicU64,
+    /// Host: not zero to have all [`maps`](map) with the next report; the guest swaps it with 0.
+    pub use_request: AtomicU32,
     /// Guest: set to the request it has answered, after the view and all fields below are written.
     pub report_done: AtomicU64,
     /// Guest: a [`DriverState`].

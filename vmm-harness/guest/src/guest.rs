@@ -12,7 +12,8 @@ use virtio_mem_driver::driver::{
 use virtio_mem_driver::hotplug::{self, Boot, Config, Hotplug, OnlineType, Profile};
 use virtio_mem_wire::{BlockMap, BlockRange, BlockState};
 
-use crate::abi::{self, BootInfo, DriverState, MAX_VCPUS, Mailbox, Shortfall, command};
+use crate::abi::{self, BootInfo, DriverState, MAX_VCPUS, Mailbox, Shortfall, command, map};
+use crate::block_use;
 use crate::lock::SpinLock;
 use crate::message::write_message;
 use crate::platform::Platform;
@@ -150,7 +151,7 @@ impl<P: Platform> Guest<P> {
         // Boot memory is the program's own, the core has none of it.
         let mut hotplug = Hotplug::boot(config, &Boot::default(), platform.memory())?;
         let driver = MemDriver::probe(transport, &mut hotplug, policy)?;
-        let need = driver.plugged_map().len().div_ceil(u64::from(u64::BITS));
+        let need = driver.plugged_map().len().div_ceil(u64::from(u64::BITS)) * map::COUNT as u64;
         let have = platform.view().len();
         if need > have as u64 {
             return Err(BootError::ViewTooSmall { have, need });
@@ -318,10 +319,15 @@ impl<P: Platform> Guest<P> {
         if answered || mailbox.interrupt.load(Ordering::Acquire) != 0 {
             return;
         }
-        for (cell, word) in self.platform.view().iter().zip(words(driver.plugged_map())) {
+        let (view, plugged) = (self.platform.view(), driver.plugged_map());
+        for (cell, word) in view.iter().zip(words(plugged)) {
             cell.store(word, Ordering::Relaxed);
         }
         let hotplug = self.hotplug.lock(|| self.platform.relax());
+        // It looks at each block and each page in use, which is too much for every report.
+        if mailbox.use_request.swap(0, Ordering::AcqRel) != 0 {
+            block_use::publish(&hotplug, plugged, &driver.config().geometry, view);
+        }
         let online_size = hotplug.counts().managed * self.parameters.profile.page_size();
         let pages_moved = hotplug.statistics().pages_migrated;
         drop(hotplug);
