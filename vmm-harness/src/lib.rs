@@ -78,7 +78,7 @@ pub use events::{EventLoop, EventLoopError, EventsError, Remote, Subscriber};
 pub use in_process::InProcessError;
 pub use layout::LayoutError;
 pub use machine::{GuestKind, Machine, MachineConfig, ReportError, StartError};
-pub use mailbox::{Report, WorkerReport};
+pub use mailbox::{BlockUse, Report, WorkerReport};
 pub use outcome::{Crash, Outcome, UnpluggedAccess, VcpuError};
 pub use size::{Size, parse_size};
 pub use transport::{InterruptCounts, InterruptLine, MmioTransport};

@@ -18,7 +18,7 @@ use crate::events::{EventLoop, EventLoopError};
 use crate::in_process::{self, InProcess, InProcessError};
 use crate::layout::{IMAGE_START, Layout, LayoutError};
 use crate::lifecycle::{Lifecycle, NotDone};
-use crate::mailbox::{Report, SharedMailbox};
+use crate::mailbox::{BlockUse, Report, SharedMailbox};
 use crate::outcome::Outcome;
 use crate::port::Port;
 use crate::slots::RevocableSlots;
@@ -249,6 +249,18 @@ impl Machine {
     pub fn report(&self, timeout: Duration) -> Result<Report, ReportError> {
         self.report_until(deadline(timeout))
             .map_err(|reason| ReportError::new(reason, timeout))
+    }
+
+    /// What the guest does with its blocks, with a report that is asked for as [`report`](Self::report) does; what was
+    /// known last if the guest does not answer in time.
+    #[must_use]
+    pub fn block_use(&self, timeout: Duration) -> BlockUse {
+        // Before the request: whichever report takes it, it is not older than this.
+        self.mailbox.use_request.store(1, Ordering::Release);
+        // As in `report`, but there is no other answer to be had.
+        let _ = self.report_until(deadline(timeout));
+        let block_count = self.device().geometry().block_count();
+        self.mailbox.block_use(block_count)
     }
 
     /// Waits until the driver has settled on a target of `requested_size` bytes, and reports then.

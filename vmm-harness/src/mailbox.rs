@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_mem_driver::driver::{Mode, Strategy};
 use virtio_mem_wire::{BlockMap, BlockRange};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory};
-use vmem_guest::abi::{DriverState, Mailbox, Shortfall, driver};
+use vmem_guest::abi::{DriverState, Mailbox, Shortfall, driver, map};
 
 use crate::BootMemory;
 use crate::layout::Layout;
@@ -114,6 +114,19 @@ pub struct Report {
     pub message: Option<String>,
 }
 
+/// What the guest does with its blocks, as of the last report that was asked for with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockUse {
+    /// The blocks the driver believes plugged.
+    pub plugged: BlockMap,
+    /// The blocks the guest's page allocator works with.
+    pub online: BlockMap,
+    /// Those of them in zone Movable.
+    pub movable: BlockMap,
+    /// The blocks online with a page that cannot be moved for now.
+    pub pinned: BlockMap,
+}
+
 /// What one worker has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WorkerReport {
@@ -166,9 +179,26 @@ impl SharedMailbox {
                     slices: load(&worker.slices),
                 })
                 .collect(),
-            view: block_map(self.view().iter().map(load), block_count),
+            view: self.map(map::PLUGGED, block_count),
             message: self.message(),
         }
+    }
+
+    /// What the guest does with its blocks. Bits beyond the region are left out.
+    pub(crate) fn block_use(&self, block_count: u64) -> BlockUse {
+        BlockUse {
+            plugged: self.map(map::PLUGGED, block_count),
+            online: self.map(map::ONLINE, block_count),
+            movable: self.map(map::MOVABLE, block_count),
+            pinned: self.map(map::PINNED, block_count),
+        }
+    }
+
+    fn map(&self, map: usize, block_count: u64) -> BlockMap {
+        let view = self.view();
+        let words = view.len() / map::COUNT;
+        let words = view[map * words..].iter().take(words);
+        block_map(words.map(|word| word.load(Ordering::Relaxed)), block_count)
     }
 
     /// The guest's message, if there is one, fit to be printed: what is not UTF-8 or would control a terminal
@@ -247,6 +277,21 @@ mod tests {
         let report = mailbox.report(2, 100);
         assert_eq!(report.driver_state, None);
         assert_eq!(report.view.count(), 36);
+        // The last word of the last map.
+        mailbox.view()[7].store(0b1_0011, Ordering::Relaxed);
+        let block_use = mailbox.block_use(68);
+        assert_eq!(block_use.plugged.count(), 4);
+        assert_eq!(
+            block_use.pinned.runs().collect::<Vec<_>>(),
+            [BlockRange {
+                first: 64,
+                count: 2
+            }]
+        );
+        assert_eq!(
+            (block_use.online.count(), block_use.movable.count()),
+            (0, 0)
+        );
         assert_eq!(report.workers.len(), 2);
         assert!(report.message.unwrap().starts_with("\u{fffd}\u{fffd}[2J"));
     }

@@ -7,13 +7,13 @@ use std::time::Duration;
 use serde::Serialize;
 use thiserror::Error;
 use tokio::sync::broadcast;
-use virtio_mem::State;
-use virtio_mem::wire::{BlockMap, Geometry};
+use virtio_mem::wire::{Answer, BlockMap, Geometry, RequestKind};
+use virtio_mem::{Latencies, State};
 use vmem_guest::abi::DriverState;
 
 use super::{ControlError, Controller, Event, Events, Reason, new_events};
 use crate::demo::{DemoError, DemoOptions};
-use crate::{Machine, Outcome, Report, StartError};
+use crate::{BlockUse, Machine, Outcome, Report, StartError};
 
 /// How long a guest may take to say how it is before what it said last has to do.
 const REPORT_TIMEOUT: Duration = Duration::from_millis(250);
@@ -91,6 +91,8 @@ pub struct MemoryStatus {
     pub resident_size: u64,
     /// Hypervisor memory slots in use.
     pub slot_count: u64,
+    /// What the device has answered since it was made, by request and answer; what there was none of is left out.
+    pub requests: Vec<RequestStatus>,
     /// Whether requests are held off.
     pub frozen: bool,
     /// Where the guest is in its life.
@@ -99,6 +101,47 @@ pub struct MemoryStatus {
     pub reason: Option<Reason>,
     /// What the guest says, once it runs.
     pub guest: Option<GuestStatus>,
+}
+
+/// Requests of one type with one answer, and how long they took: nanoseconds, percentiles at most twice too large.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RequestStatus {
+    /// The type.
+    pub request: &'static str,
+    /// The answer.
+    pub answer: &'static str,
+    /// Number of them.
+    pub count: u64,
+    /// All of them together.
+    pub total_ns: u64,
+    /// Half of them took no longer.
+    pub p50_ns: u64,
+    /// All but one in a hundred took no longer.
+    pub p99_ns: u64,
+    /// The longest.
+    pub max_ns: u64,
+}
+
+impl RequestStatus {
+    fn list(latencies: &Latencies) -> Vec<Self> {
+        let nanos = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        let pairs = RequestKind::ALL
+            .into_iter()
+            .flat_map(|kind| Answer::ALL.map(|answer| (kind, answer)));
+        let described = pairs.map(|(kind, answer)| {
+            let histogram = latencies.of(kind, answer);
+            Self {
+                request: kind.name(),
+                answer: answer.name(),
+                count: histogram.count(),
+                total_ns: nanos(histogram.total),
+                p50_ns: nanos(histogram.percentile(50)),
+                p99_ns: nanos(histogram.percentile(99)),
+                max_ns: nanos(histogram.max),
+            }
+        });
+        described.filter(|requests| requests.count > 0).collect()
+    }
 }
 
 /// What the guest says of itself. Not to be relied on: a guest writes what it likes.
@@ -286,7 +329,8 @@ impl Instance {
     /// [`InstanceError`].
     pub fn memory(&self) -> Result<MemoryStatus, InstanceError> {
         let phase = self.read();
-        let (geometry, slot_size, status, resident_size, report, reason) = match &*phase {
+        let (geometry, slot_size, latencies, status, resident_size, report, reason) = match &*phase
+        {
             Phase::NotStarted(options) => {
                 // Described by a device like the one there will be, which has no memory yet.
                 let (_, device) = options.machine()?;
@@ -298,6 +342,7 @@ impl Instance {
                 (
                     device.geometry(),
                     device.slot_size(),
+                    Latencies::default(),
                     status,
                     0,
                     None,
@@ -315,6 +360,7 @@ impl Instance {
                 (
                     device.geometry(),
                     device.slot_size(),
+                    device.handle().latencies(),
                     status,
                     resident,
                     report,
@@ -338,6 +384,7 @@ impl Instance {
             usable_region_size: status.usable_region_size,
             resident_size,
             slot_count: status.slot_count,
+            requests: RequestStatus::list(&latencies),
             frozen: status.frozen,
             state: self.state(),
             reason,
@@ -356,17 +403,17 @@ impl Instance {
         Ok(started.reason(&started.report()))
     }
 
-    /// The blocks: geometry, those plugged, and those the guest's driver believes plugged.
+    /// The blocks: geometry, those plugged, and what the guest does with them.
     ///
     /// # Errors
     ///
     /// [`InstanceError::NotStarted`], [`InstanceError::Ended`].
-    pub fn blocks(&self) -> Result<(Geometry, BlockMap, BlockMap), InstanceError> {
+    pub fn blocks(&self) -> Result<(Geometry, BlockMap, BlockUse), InstanceError> {
         let phase = self.read();
         let started = started(&phase)?;
-        let view = started.report().view;
+        let block_use = started.machine.block_use(REPORT_TIMEOUT);
         let device = started.controller.device();
-        Ok((device.geometry(), device.plugged(), view))
+        Ok((device.geometry(), device.plugged(), block_use))
     }
 
     /// Ends the guest, which verifies its pages first; how it has ended and what it said last. `None` if it was never

@@ -19,7 +19,7 @@ use tokio::sync::broadcast;
 use virtio_mem::wire::Answer;
 use virtio_mem::{Handle, Resize, ResizeError, ResizeState, SaveError, State, Status};
 
-pub use instance::{GuestStatus, Instance, InstanceError, MemoryStatus, RunState};
+pub use instance::{GuestStatus, Instance, InstanceError, MemoryStatus, RequestStatus, RunState};
 pub use reason::Reason;
 
 /// Operations that are remembered; of more, the oldest are forgotten.
