@@ -72,20 +72,13 @@ impl KernelSeries {
     }
 }
 
-/// Everything for one kernel, in the cache.
+/// What every guest needs, in the cache: QEMU, and a shell for those that have use for one.
 #[derive(Debug)]
-pub(super) struct Provision {
-    tools: PathBuf,
-    kernel: PathBuf,
-}
+pub(super) struct Tools(PathBuf);
 
-impl Provision {
-    /// Takes it from the cache, after filling that with what is missing.
-    pub(super) fn get(
-        cache: &Cache,
-        series: KernelSeries,
-        progress: &mut Progress,
-    ) -> Result<Self, LinuxError> {
+impl Tools {
+    /// Takes them from the cache, after filling that with what is missing.
+    pub(super) fn get(cache: &Cache, progress: &mut Progress) -> Result<Self, LinuxError> {
         let tools = cache.get_or_make("tools", progress, |dir, progress| {
             from_packages(
                 dir,
@@ -95,6 +88,35 @@ impl Provision {
                 |apt, root, phase| apt.unpack(&[QEMU.into(), BUSYBOX.into()], true, root, phase),
             )
         })?;
+        Ok(Self(tools))
+    }
+
+    /// What is used, by package and version.
+    pub(super) fn versions(&self) -> Result<Vec<String>, LinuxError> {
+        versions(&self.0, &[QEMU, BUSYBOX])
+    }
+
+    /// Root of the unpacked QEMU.
+    pub(super) fn qemu_root(&self) -> PathBuf {
+        self.0.join("root")
+    }
+
+    pub(super) fn busybox(&self) -> PathBuf {
+        self.0.join("root/usr/bin/busybox")
+    }
+}
+
+/// A kernel and its modules, in the cache.
+#[derive(Debug)]
+pub(super) struct LinuxKernel(PathBuf);
+
+impl LinuxKernel {
+    /// Takes it from the cache, after filling that with what is missing.
+    pub(super) fn get(
+        cache: &Cache,
+        series: KernelSeries,
+        progress: &mut Progress,
+    ) -> Result<Self, LinuxError> {
         let name = format!("linux-{}", series.version());
         let kernel = cache.get_or_make(&name, progress, |dir, progress| {
             let title = format!("Linux {}", series.version());
@@ -111,46 +133,35 @@ impl Provision {
                 },
             )
         })?;
-        Ok(Self { tools, kernel })
+        Ok(Self(kernel))
     }
 
     /// What is used, by package and version.
     pub(super) fn versions(&self) -> Result<Vec<String>, LinuxError> {
-        let mut used = Vec::new();
-        for (dir, packages) in [
-            (&self.tools, &[QEMU, BUSYBOX][..]),
-            (&self.kernel, &["linux-image-"]),
-        ] {
-            let path = dir.join(VERSIONS);
-            let text = fs::read_to_string(&path).map_err(LinuxError::file(path))?;
-            let wanted = |line: &&str| packages.iter().any(|package| line.starts_with(package));
-            used.extend(text.lines().filter(wanted).map(str::to_owned));
-        }
-        Ok(used)
+        versions(&self.0, &["linux-image-"])
     }
 
     pub(super) fn vmlinuz(&self) -> PathBuf {
-        self.kernel.join("root/vmlinuz")
-    }
-
-    pub(super) fn busybox(&self) -> PathBuf {
-        self.tools.join("root/usr/bin/busybox")
+        self.0.join("root/vmlinuz")
     }
 
     /// The modules to insert, in this order, by name and file.
     pub(super) fn modules(&self) -> Vec<(&'static str, PathBuf)> {
-        let file = |name: &'static str| (name, self.kernel.join(format!("root/{name}.ko")));
+        let file = |name: &'static str| (name, self.0.join(format!("root/{name}.ko")));
         MODULES
             .into_iter()
             .map(file)
             .filter(|(_, path)| path.exists())
             .collect()
     }
+}
 
-    /// Root of the unpacked QEMU.
-    pub(super) fn qemu_root(&self) -> PathBuf {
-        self.tools.join("root")
-    }
+/// What the packages with these beginnings are, of which an artefact was made.
+fn versions(artefact: &Path, packages: &[&str]) -> Result<Vec<String>, LinuxError> {
+    let path = artefact.join(VERSIONS);
+    let text = fs::read_to_string(&path).map_err(LinuxError::file(path))?;
+    let wanted = |line: &&str| packages.iter().any(|package| line.starts_with(package));
+    Ok(text.lines().filter(wanted).map(str::to_owned).collect())
 }
 
 /// Makes an artefact: package lists, packages, and a record of what they were.
