@@ -12,6 +12,7 @@ use clap::builder::styling::{AnsiColor, Style};
 use hyper::Method;
 use serde_json::{Value, json};
 use vmm_harness::api::client::request;
+use vmm_harness::control::explain;
 use vmm_harness::demo::size as size_text;
 use vmm_harness::serve::control::Command;
 use vmm_harness::{linux, parse_size};
@@ -77,11 +78,14 @@ pub(crate) struct Api {
 }
 
 impl Api {
-    fn request(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
-        let socket = self.api_sock.as_deref().ok_or_else(|| {
+    pub(super) fn socket(&self) -> Result<&Path, UsageError> {
+        self.api_sock.as_deref().ok_or_else(|| {
             UsageError("name the socket of a `vmem run` with --api-sock or VMEM_API_SOCK".into())
-        })?;
-        Ok(request(socket, method, path, body)?)
+        })
+    }
+
+    fn request(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+        Ok(request(self.socket()?, method, path, body)?)
     }
 }
 
@@ -261,24 +265,4 @@ pub(crate) fn restore(args: &FileArgs) -> anyhow::Result<ExitCode> {
     args.api
         .request(Method::PUT, "/hotplug/memory/state", Some(&state))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// What the API's reasons mean; `docs/operating.md` says what to do.
-fn explain(reason: &str) -> &str {
-    match reason {
-        "not_started" => "the guest is not started",
-        "guest_ended" => "the guest has ended",
-        "frozen" => "the device is frozen",
-        "device_failed" => "the device has failed",
-        "driver_failed" => "the guest's driver has given up",
-        "driver_booting" => "the guest's driver is not there yet",
-        "host_busy" => "the device answers BUSY",
-        "remainder" => "the rest is less than the driver can plug or unplug",
-        "capacity" => "the region has no whole memory block left",
-        "memory_in_use" => "the memory to be unplugged is in use",
-        "cannot_add" => "the driver cannot add memory for now",
-        "converging" => "on its way",
-        // Of a newer server.
-        other => other,
-    }
 }

@@ -20,7 +20,7 @@ use virtio_mem::wire::Answer;
 use virtio_mem::{Handle, Resize, ResizeError, ResizeState, SaveError, State, Status};
 
 pub use instance::{GuestStatus, Instance, InstanceError, MemoryStatus, RequestStatus, RunState};
-pub use reason::Reason;
+pub use reason::{Reason, explain};
 
 /// Operations that are remembered; of more, the oldest are forgotten.
 const MAX_OPERATIONS: usize = 1024;

@@ -81,3 +81,24 @@ impl Reason {
         }
     }
 }
+
+/// What the API's names of reasons mean, for people.
+#[must_use]
+pub fn explain(reason: &str) -> &str {
+    match reason {
+        "not_started" => "the guest is not started",
+        "guest_ended" => "the guest has ended",
+        "frozen" => "the device is frozen",
+        "device_failed" => "the device has failed",
+        "driver_failed" => "the guest's driver has given up",
+        "driver_booting" => "the guest's driver is not there yet",
+        "host_busy" => "the device answers BUSY",
+        "remainder" => "the rest is less than the driver can plug or unplug",
+        "capacity" => "the region has no whole memory block left",
+        "memory_in_use" => "the memory to be unplugged is in use",
+        "cannot_add" => "the driver cannot add memory for now",
+        "converging" => "on its way",
+        // Of a newer server.
+        other => other,
+    }
+}
