@@ -18,6 +18,7 @@
 //! | what can be done to a device, whoever asks | [`control`] |
 //! | HTTP on a Unix socket, both ends | [`api`] |
 //! | what `vmem run` keeps alive | [`run`] |
+//! | what `vmem watch` shows | [`watch`] |
 //! | what `vmem serve` does | [`serve`] |
 //! | what `vmem replay` does and compares | [`replay`] |
 //! | what `vmem linux` boots, tries and checks | [`linux`] |
@@ -71,6 +72,7 @@ pub mod transport;
 mod vcpu;
 pub mod vfio_user;
 mod vm;
+pub mod watch;
 
 pub use backend::{Backend, KvmError, kvm_module, open_kvm};
 pub use boot::BootError;
