@@ -301,18 +301,26 @@ impl View {
                 size_text(map.block_size)
             ),
         };
-        let kinds = BlockKind::ALL.map(|kind| (Cell::All(kind), name(kind)));
-        let mixed = [(Cell::Mixed, "mixed"), (Cell::SomePinned, "some pinned")];
-        let legend = kinds.into_iter().chain(mixed).flat_map(|(cell, name)| {
-            let (glyph, colour) = look(cell);
-            let glyph = Span::styled(glyph.to_string(), self.style(colour));
-            [Span::raw(" "), glyph, Span::raw(name)]
-        });
-        let block = Block::bordered()
-            .title_top(title)
-            .title_bottom(Line::from_iter(legend.chain([Span::raw(" ")])));
+        let all = BlockKind::ALL.map(Cell::All);
+        let all = all.into_iter().chain([Cell::Mixed, Cell::SomePinned]);
+        let whole = self.legend(all.clone());
+        // Else what must be explained here and now.
+        let legend = match whole.width() <= usize::from(area.width.saturating_sub(2)) {
+            true => whole,
+            false => self.legend(all.filter(|cell| cells.contains(cell))),
+        };
+        let block = Block::bordered().title_top(title).title_bottom(legend);
         let lines: Vec<_> = lines.collect();
         frame.render_widget(Paragraph::new(lines).block(block), area);
+    }
+
+    fn legend(&self, cells: impl Iterator<Item = Cell>) -> Line<'_> {
+        let explained = cells.flat_map(|cell| {
+            let (glyph, colour) = look(cell);
+            let glyph = Span::styled(glyph.to_string(), self.style(colour));
+            [Span::raw(" "), glyph, Span::raw(" "), Span::raw(name(cell))]
+        });
+        Line::from_iter(explained.chain([Span::raw(" ")]))
     }
 
     fn requests(&self, frame: &mut Frame<'_>, area: Rect) {
@@ -380,14 +388,18 @@ fn cell_columns(width: u16) -> usize {
     1 << columns.ilog2()
 }
 
-fn name(kind: BlockKind) -> &'static str {
-    match kind {
-        BlockKind::Unplugged => "unplugged",
-        BlockKind::Plugged => "plugged",
-        BlockKind::Online => "kernel",
-        BlockKind::Movable => "movable",
-        BlockKind::Pinned => "pinned",
-        BlockKind::Differs => "changing",
+/// A word for a legend.
+fn name(cell: Cell) -> &'static str {
+    match cell {
+        Cell::All(BlockKind::Unplugged) => "unplugged",
+        Cell::All(BlockKind::Plugged) => "plugged",
+        Cell::All(BlockKind::Online) => "online",
+        Cell::All(BlockKind::Movable) => "movable",
+        Cell::All(BlockKind::Pinned) => "pinned",
+        Cell::All(BlockKind::Differs) => "changing",
+        Cell::Mixed => "mixed",
+        // Beside `pinned`, in no room.
+        Cell::SomePinned => "some",
     }
 }
 
