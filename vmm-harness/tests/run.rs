@@ -1,6 +1,9 @@
 //! `vmem run` and its clients, as their users see them.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "common/running.rs"]
+mod running;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
@@ -12,51 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-fn vmem(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vmem"));
-    command.args(args).env_remove("VMEM_API_SOCK");
-    command
-}
-
-fn output(args: &[&str]) -> (i32, String, String) {
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = vmem(args).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (status.code().unwrap(), text(stdout), text(stderr))
-}
-
-/// A `vmem run` that listens.
-struct Running {
-    child: Child,
-    stdout: BufReader<ChildStdout>,
-}
-
-impl Running {
-    fn start(socket: &Path, args: &[&str]) -> Self {
-        let mut command = vmem(&["run", "--guest", "in-process"]);
-        command.args(args).arg("--api-sock").arg(socket);
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        stdout.read_line(&mut line).unwrap();
-        assert!(line.contains("control API at"), "{line}");
-        Self { child, stdout }
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    /// The exit code and what else it has said.
-    fn end(mut self) -> (Option<i32>, String) {
-        let mut rest = String::new();
-        self.stdout.read_to_string(&mut rest).unwrap();
-        (self.child.wait().unwrap().code(), rest)
-    }
-}
+use running::{Running, output, vmem};
 
 fn folder() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();

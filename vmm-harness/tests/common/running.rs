@@ -1,0 +1,59 @@
+//! `vmem run` as a process.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// The command, with `args`.
+pub(crate) fn vmem(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmem"));
+    command.args(args).env_remove("VMEM_API_SOCK");
+    command
+}
+
+/// Exit code, standard output and standard error of the command.
+pub(crate) fn output(args: &[&str]) -> (i32, String, String) {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = vmem(args).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (status.code().unwrap(), text(stdout), text(stderr))
+}
+
+/// A `vmem run` that listens.
+pub(crate) struct Running {
+    pub(crate) child: Child,
+    pub(crate) stdout: BufReader<ChildStdout>,
+}
+
+impl Running {
+    pub(crate) fn start(socket: &Path, args: &[&str]) -> Self {
+        let mut command = vmem(&["run", "--guest", "in-process"]);
+        Self::listening(command.args(args).arg("--api-sock").arg(socket))
+    }
+
+    /// Runs a command until it says that it listens.
+    pub(crate) fn listening(command: &mut Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        assert!(line.contains("control API at"), "{line}");
+        Self { child, stdout }
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// The exit code and what else it has said.
+    pub(crate) fn end(mut self) -> (Option<i32>, String) {
+        let mut rest = String::new();
+        self.stdout.read_to_string(&mut rest).unwrap();
+        (self.child.wait().unwrap().code(), rest)
+    }
+}
