@@ -28,9 +28,6 @@ const MIN_LISTS: u16 = 4;
 /// Rows the lists have at the most.
 const MAX_LISTS: u16 = 12;
 
-/// Columns of the address before a row of blocks.
-const ADDRESS_WIDTH: u16 = 14;
-
 /// Columns of the table of requests, its frame included.
 const REQUESTS_WIDTH: u16 = 40;
 
@@ -76,7 +73,7 @@ pub fn draw(frame: &mut Frame<'_>, view: &View) {
     let has_lists = room >= MIN_CHART + MIN_BLOCKS + MIN_LISTS;
     let spare = room.saturating_sub(MIN_CHART + MIN_BLOCKS + MIN_LISTS);
     let lists_height = if has_lists {
-        (MIN_LISTS + spare.div_ceil(2)).min(MAX_LISTS)
+        (MIN_LISTS + spare / 3).min(MAX_LISTS)
     } else {
         0
     };
@@ -263,7 +260,7 @@ impl View {
         let Some(map) = &self.blocks else {
             return MIN_BLOCKS;
         };
-        let columns = cell_columns(width);
+        let columns = map.columns(width);
         let per_cell = map.blocks_per_cell(columns * usize::from(most.saturating_sub(2)));
         let rows = map.len().div_ceil(per_cell).div_ceil(columns);
         u16::try_from(rows + 2)
@@ -272,13 +269,13 @@ impl View {
     }
 
     fn blocks(&self, frame: &mut Frame<'_>, area: Rect) {
-        let columns = cell_columns(area.width);
         let rows = usize::from(area.height.saturating_sub(2));
         let Some(map) = &self.blocks else {
             let block = Block::bordered().title_top(" blocks: none yet ");
             frame.render_widget(block, area);
             return;
         };
+        let columns = map.columns(area.width);
         let per_cell = map.blocks_per_cell(columns * rows);
         let cells: Vec<_> = map.cells(per_cell).collect();
         let lines = cells
@@ -286,7 +283,7 @@ impl View {
             .zip(0..)
             .map(|(cells, row): (&[Cell], u64)| {
                 let address = map.row_address(row, (per_cell * columns) as u64);
-                let start = Span::raw(format!("{address:#013x} "));
+                let start = Span::raw(format!("{address:#0$x} ", map.address_width()));
                 let cells = cells.iter().map(|cell| {
                     let (glyph, colour) = look(*cell);
                     Span::styled(glyph.to_string(), self.style(colour))
@@ -375,17 +372,23 @@ impl View {
 }
 
 impl BlockMap {
+    /// Columns of an address in the region.
+    fn address_width(&self) -> usize {
+        format!("{:#x}", self.row_address(1, self.len() as u64)).len()
+    }
+
+    /// Cells in a row of a panel that is so wide: a power of two, so that rows begin at round addresses.
+    fn columns(&self, width: u16) -> usize {
+        // Two columns of frame, one between address and cells.
+        let room = usize::from(width).saturating_sub(3 + self.address_width());
+        1 << room.max(1).ilog2()
+    }
+
     /// Where row `row` begins, of rows of so many blocks.
     fn row_address(&self, row: u64, blocks: u64) -> u64 {
         let offset = row.saturating_mul(blocks).saturating_mul(self.block_size);
         self.address.saturating_add(offset)
     }
-}
-
-/// Cells in a row: a power of two, so that rows begin at round addresses.
-fn cell_columns(width: u16) -> usize {
-    let columns = width.saturating_sub(ADDRESS_WIDTH + 2).max(1);
-    1 << columns.ilog2()
 }
 
 /// A word for a legend.

@@ -247,7 +247,7 @@ impl View {
                 typed.pop();
                 self.prompt = Some(typed);
             }
-            KeyCode::Char(c) if c.is_ascii_alphanumeric() && typed.len() < 20 => {
+            KeyCode::Char(c) if (c.is_ascii_alphanumeric() || c == '.') && typed.len() < 20 => {
                 typed.push(c);
                 self.prompt = Some(typed);
             }
@@ -438,8 +438,8 @@ mod tests {
 
         type_in(&mut view, "r51x");
         press(&mut view, KeyCode::Backspace);
-        type_in(&mut view, "2M-\u{e9}");
-        assert_eq!(view.prompt.as_deref(), Some("512M"));
+        type_in(&mut view, "2.0M-\u{e9}");
+        assert_eq!(view.prompt.as_deref(), Some("512.0M"));
         // `q` is typed here, but an interrupt is one.
         assert_eq!(
             view.clone().input(&Event::Key(interrupt)),

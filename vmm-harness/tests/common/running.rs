@@ -27,10 +27,19 @@ pub(crate) fn output(args: &[&str]) -> (i32, String, String) {
 /// A `vmem run` that listens.
 pub(crate) struct Running {
     pub(crate) child: Child,
-    pub(crate) stdout: BufReader<ChildStdout>,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // A test that has failed leaves none behind; one that has ended is not there to be killed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 impl Running {
+    /// Serves at `socket`, with a guest in process.
     pub(crate) fn start(socket: &Path, args: &[&str]) -> Self {
         let mut command = vmem(&["run", "--guest", "in-process"]);
         Self::listening(command.args(args).arg("--api-sock").arg(socket))
@@ -46,6 +55,7 @@ impl Running {
         Self { child, stdout }
     }
 
+    /// Tells it to do something, or to end.
     pub(crate) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
