@@ -457,7 +457,7 @@ fn capture() {
     pause(3);
     vmem_resize(&socket, "3G");
     pause(4);
-    vmem_resize(&socket, "1536M");
+    vmem_resize(&socket, "640M");
     pause(3);
     assert_eq!(output(&["freeze", "--api-sock", socket_name]).0, 0);
     assert_eq!(output(&["resize", "2G", "--api-sock", socket_name]).0, 0);
