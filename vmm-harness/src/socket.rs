@@ -100,8 +100,7 @@ fn listen(path: &Path) -> io::Result<OwnedFd> {
     // Before it has a name, so that it never has one with the modes of the umask alone.
     rustix::fs::fchmod(socket.as_fd(), Mode::RUSR | Mode::WUSR)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    // One for whom there is no place here is told EAGAIN if he does not want to wait.
-    const WAITING_CLIENTS: i32 = 128;
+    const WAITING_CLIENTS: i32 = 8;
     rustix::net::listen(&socket, WAITING_CLIENTS)?;
     Ok(socket)
 }

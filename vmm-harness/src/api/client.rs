@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -9,9 +10,17 @@ use hyper::client::conn::http1;
 use hyper::header::{HOST, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 use tokio::net::UnixStream;
+use tokio::time::{sleep, timeout};
+
+/// Longer than the commands ask the server to wait.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Before another attempt to connect.
+const QUEUE_FULL: Duration = Duration::from_millis(10);
 
 /// Bytes of an event at the most.
 const MAX_LINE: usize = 1 << 20;
@@ -25,6 +34,9 @@ pub enum ClientError {
     /// The connection broke.
     #[error("control API")]
     Http(#[from] hyper::Error),
+    /// There is no answer.
+    #[error("control API: no answer in {} s", PATIENCE.as_secs())]
+    Late,
     /// The server has refused.
     #[error("{message}")]
     Refused {
@@ -84,24 +96,31 @@ pub async fn call(
     }
 }
 
-/// Tells `on_event` what happens from now on, first `Null` when the server has begun to listen, until there will be no
-/// more.
+/// Tells `on_event` what happens after the event with the number `after`, or from now on without it, and its number, until
+/// there will be no more. Of events that were lost to us it is told without one.
 ///
 /// # Errors
 ///
 /// [`ClientError`].
-pub async fn events(socket: &Path, mut on_event: impl FnMut(Value)) -> Result<(), ClientError> {
-    let request = Request::builder()
-        .uri("/events")
+pub async fn events(
+    socket: &Path,
+    after: Option<u64>,
+    mut on_event: impl FnMut(Option<u64>, Value),
+) -> Result<(), ClientError> {
+    let mut request = Request::builder().uri("/events");
+    if let Some(after) = after {
+        request = request.header("last-event-id", after);
+    }
+    let request = request
         .body(Bytes::new())
         .map_err(|error| ClientError::Protocol(error.to_string()))?;
     let (head, mut body) = send(socket, request).await?.into_parts();
     if !head.status.is_success() {
-        let value = json(&body.collect().await?.to_bytes()).unwrap_or_default();
+        let value: Value = json(&body.collect().await?.to_bytes()).unwrap_or_default();
         return Err(refused(head.status, &value));
     }
-    on_event(Value::Null);
     let mut text = Vec::new();
+    let mut id = None;
     while let Some(frame) = body.frame().await {
         let Ok(data) = frame?.into_data() else {
             continue;
@@ -112,8 +131,11 @@ pub async fn events(socket: &Path, mut on_event: impl FnMut(Value)) -> Result<()
             }
             text.extend_from_slice(line);
             if text.last() == Some(&b'\n') {
-                if let Some(data) = text.strip_prefix(b"data: ") {
-                    on_event(json(data)?);
+                // An event is a number and then what it is, each in a line of its own.
+                if let Some(number) = text.strip_prefix(b"id: ") {
+                    id = Some(json(number)?);
+                } else if let Some(data) = text.strip_prefix(b"data: ") {
+                    on_event(id.take(), json(data)?);
                 }
                 text.clear();
             }
@@ -122,7 +144,7 @@ pub async fn events(socket: &Path, mut on_event: impl FnMut(Value)) -> Result<()
     Ok(())
 }
 
-fn json(body: &[u8]) -> Result<Value, ClientError> {
+fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ClientError> {
     serde_json::from_slice(body).map_err(|error| ClientError::Protocol(error.to_string()))
 }
 
@@ -134,7 +156,8 @@ fn refused(status: StatusCode, body: &Value) -> ClientError {
     }
 }
 
-/// Sends one request, on a connection of its own, and waits for the whole answer, whatever that is.
+/// Sends one request, on a connection of its own, and waits for the whole answer, whatever that is, for two minutes at the
+/// most.
 ///
 /// # Errors
 ///
@@ -149,14 +172,23 @@ pub fn exchange(socket: &Path, request: Request<Bytes>) -> Result<Response<Bytes
 
 fn on_runtime<T>(exchange: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
+        .enable_all()
         .build()?;
-    runtime.block_on(exchange)
+    runtime.block_on(async {
+        let answer = timeout(PATIENCE, exchange).await;
+        answer.unwrap_or(Err(ClientError::Late))
+    })
 }
 
 /// Sends one request, on a connection of its own.
 async fn send(socket: &Path, request: Request<Bytes>) -> Result<Response<Incoming>, ClientError> {
-    let connected = UnixStream::connect(socket).await;
+    let connected = loop {
+        match UnixStream::connect(socket).await {
+            // More clients wait than the kernel has room for.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(QUEUE_FULL).await,
+            connected => break connected,
+        }
+    };
     let stream = connected.map_err(|error| ClientError::Connect(socket.to_owned(), error))?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     // Ends with the answer's body, or with an error that the request gets too.

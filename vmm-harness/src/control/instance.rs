@@ -1,17 +1,17 @@
 //! A guest with a memory device, before and after it is started.
 
 use std::io;
+use std::sync::mpsc::Sender;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use serde::Serialize;
 use thiserror::Error;
-use tokio::sync::broadcast;
 use virtio_mem::wire::{Answer, BlockMap, Geometry, RequestKind};
 use virtio_mem::{Latencies, State};
 use vmem_guest::abi::DriverState;
 
-use super::{ControlError, Controller, Event, Events, Reason, new_events};
+use super::{ControlError, Controller, Event, Events, Reason};
 use crate::demo::{DemoError, DemoOptions};
 use crate::{BlockUse, Machine, Outcome, Report, StartError};
 
@@ -163,6 +163,8 @@ pub struct GuestStatus {
     pub pages_verified: u64,
     /// Pages read back and found wrong.
     pub pages_wrong: u64,
+    /// Why its driver failed, or it panicked, if so.
+    pub message: Option<String>,
 }
 
 impl From<&Report> for GuestStatus {
@@ -183,6 +185,7 @@ impl From<&Report> for GuestStatus {
             pages_held: sum(|worker| worker.pages_held),
             pages_verified: sum(|worker| worker.pages_verified),
             pages_wrong: sum(|worker| worker.pages_wrong),
+            message: report.message.clone(),
         }
     }
 }
@@ -192,6 +195,7 @@ impl From<&Report> for GuestStatus {
 pub struct Instance {
     phase: RwLock<Phase>,
     events: Events,
+    ended: Option<Sender<()>>,
 }
 
 #[derive(Debug)]
@@ -231,14 +235,24 @@ impl Instance {
         options.check()?;
         Ok(Self {
             phase: RwLock::new(Phase::NotStarted(Box::new(options))),
-            events: new_events(),
+            events: Events::default(),
+            ended: None,
         })
     }
 
-    /// What happens from now on.
+    /// With somebody who is told when the guest ends.
     #[must_use]
-    pub fn subscribe(&self) -> broadcast::Receiver<Event> {
-        self.events.subscribe()
+    pub fn telling(self, ended: Sender<()>) -> Self {
+        Self {
+            ended: Some(ended),
+            ..self
+        }
+    }
+
+    /// What happens to the guest and its devices.
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.events
     }
 
     /// Changes options of a guest that is not started.
@@ -276,12 +290,20 @@ impl Instance {
         };
         let machine = Machine::start(&config, device)?;
         let controller = Controller::watched(machine.handle(), self.events.clone())?;
+        let (events, ended) = (self.events.clone(), self.ended.clone());
         *phase = Phase::Started(Box::new(Started {
             controller,
             machine,
         }));
-        // An error is that nobody listens.
-        let _ = self.events.send(Event::Started);
+        self.events.tell(Event::Started);
+        if let Phase::Started(started) = &*phase {
+            started.machine.on_end(move |outcome| {
+                let outcome = outcome.to_string();
+                events.tell(Event::Ended { outcome });
+                // An error is that nobody waits any more.
+                let _ = ended.map(|ended| ended.send(()));
+            });
+        }
         Ok(())
     }
 
@@ -429,9 +451,6 @@ impl Instance {
         } = *started;
         drop(controller);
         let outcome = machine.finish(STOP_GRACE);
-        let _ = self.events.send(Event::Ended {
-            outcome: outcome.to_string(),
-        });
         Some((outcome, GuestStatus::from(&machine.progress())))
     }
 

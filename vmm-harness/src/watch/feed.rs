@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hyper::Method;
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::{sleep, timeout};
 
@@ -119,15 +119,20 @@ impl Source {
 
     /// Without end. That there is no server is for [`look`](Self::look) to say.
     async fn listen(&self) {
+        let mut last = None;
         loop {
-            let heard = events(&self.socket, |event| {
-                if event != Value::Null {
-                    self.tell(Update::Event(event));
-                }
+            let heard = events(&self.socket, last, |id, event| {
+                last = id.or(last);
+                self.tell(Update::Event(event));
             });
-            if let Err(ClientError::Refused { message, .. }) = heard.await {
-                let message = format!("no events: {message}");
-                self.tell(Update::Message(message));
+            match heard.await {
+                // Another server may come, all of whose events are new.
+                Err(ClientError::Connect(..)) => last = Some(0),
+                Err(ClientError::Refused { message, .. }) => {
+                    let message = format!("no events: {message}");
+                    self.tell(Update::Message(message));
+                }
+                Ok(()) | Err(_) => {}
             }
             sleep(RETRY).await;
         }

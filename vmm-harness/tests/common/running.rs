@@ -1,9 +1,11 @@
 //! `vmem run` as a process.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// The command, with `args`.
@@ -24,17 +26,36 @@ pub(crate) fn output(args: &[&str]) -> (i32, String, String) {
     (status.code().unwrap(), text(stdout), text(stderr))
 }
 
-/// A `vmem run` that listens.
+/// For a `vmem` that is broken; nothing here depends on how fast the machine is.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 60,
+    tv_nsec: 0,
+};
+
+/// A `vmem run` that listens; it does not outlive the test.
 pub(crate) struct Running {
     pub(crate) child: Child,
-    stdout: BufReader<ChildStdout>,
+    stdout: BufReader<Patient<ChildStdout>>,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // A test that has failed leaves none behind; one that has ended is not there to be killed.
+        // An error is that it has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Fails to read what does not come.
+struct Patient<T>(T);
+
+impl<T: Read + AsFd> Read for Patient<T> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let readable = PollFd::new(&self.0, PollFlags::IN);
+        match poll(&mut [readable], Some(&PATIENCE))? {
+            0 => Err(ErrorKind::TimedOut.into()),
+            _ => self.0.read(buffer),
+        }
     }
 }
 
@@ -48,11 +69,12 @@ impl Running {
     /// Runs a command until it says that it listens.
     pub(crate) fn listening(command: &mut Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let stdout = BufReader::new(Patient(child.stdout.take().unwrap()));
+        let mut running = Self { child, stdout };
         let mut line = String::new();
-        stdout.read_line(&mut line).unwrap();
+        running.stdout.read_line(&mut line).unwrap();
         assert!(line.contains("control API at"), "{line}");
-        Self { child, stdout }
+        running
     }
 
     /// Tells it to do something, or to end.
