@@ -820,6 +820,10 @@ fn blocks_in_use_and_requests_are_told_of() {
         assert_eq!(blocks["plugged"], plugged);
         assert_eq!(blocks["guest_plugged"], plugged);
         assert_eq!(blocks["guest_movable"], plugged);
+        // A worker has one page in its hands at the most.
+        let pinned = blocks["guest_pinned"].as_array().unwrap().iter();
+        let pinned: u64 = pinned.map(|run| run["count"].as_u64().unwrap()).sum();
+        assert!(pinned <= 2, "{blocks}");
         let status = rig.get("/hotplug/memory");
         let acks = |request: &str| {
             let requests = status["requests"].as_array().unwrap().iter();

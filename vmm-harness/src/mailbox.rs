@@ -277,22 +277,19 @@ mod tests {
         let report = mailbox.report(2, 100);
         assert_eq!(report.driver_state, None);
         assert_eq!(report.view.count(), 36);
-        // The last word of the last map.
-        mailbox.view()[7].store(0b1_0011, Ordering::Relaxed);
+        // Each map of these blocks has two words.
+        for (word, bits) in [(2, 0b1), (4, 0b10), (7, 0b1_0011)] {
+            mailbox.view()[word].store(bits, Ordering::Relaxed);
+        }
         let block_use = mailbox.block_use(68);
-        assert_eq!(block_use.plugged.count(), 4);
-        assert_eq!(
-            block_use.pinned.runs().collect::<Vec<_>>(),
-            [BlockRange {
-                first: 64,
-                count: 2
-            }]
-        );
-        assert_eq!(
-            (block_use.online.count(), block_use.movable.count()),
-            (0, 0)
-        );
-        assert_eq!(report.workers.len(), 2);
-        assert!(report.message.unwrap().starts_with("\u{fffd}\u{fffd}[2J"));
+        let run = |first, count| BlockRange { first, count };
+        for (map, runs) in [
+            (&block_use.plugged, run(64, 4)),
+            (&block_use.online, run(0, 1)),
+            (&block_use.movable, run(1, 1)),
+            (&block_use.pinned, run(64, 2)),
+        ] {
+            assert_eq!(map.runs().collect::<Vec<_>>(), [runs]);
+        }
     }
 }

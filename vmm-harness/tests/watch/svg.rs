@@ -40,7 +40,7 @@ pub(crate) fn svg(screen: &Screen) -> String {
     let (width, height) = (usize::from(columns) * WIDTH, usize::from(rows) * HEIGHT);
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
-         height=\"{height}\" font-family=\"monospace\" font-size=\"15\">\n\
+         height=\"{height}\" font-family=\"DejaVu Sans Mono, Menlo, Consolas, monospace\" font-size=\"15\">\n\
          <rect width=\"{width}\" height=\"{height}\" fill=\"#1e1e1e\"/>\n"
     );
     for row in 0..rows {
@@ -68,12 +68,17 @@ pub(crate) fn svg(screen: &Screen) -> String {
             if text.trim().is_empty() {
                 continue;
             }
+            // Each character in its column, whatever the font.
+            let places: Vec<_> = (0..run.len())
+                .map(|i| (x + i * WIDTH).to_string())
+                .collect();
+            let places = places.join(" ");
             let text = text.replace('&', "&amp;").replace('<', "&lt;");
             let weight = if bold { " font-weight=\"bold\"" } else { "" };
             let y = y + HEIGHT - 4;
             writeln!(
                 svg,
-                "<text x=\"{x}\" y=\"{y}\" textLength=\"{length}\" fill=\"{front}\"{weight} xml:space=\"preserve\">{text}</text>"
+                "<text x=\"{places}\" y=\"{y}\" fill=\"{front}\"{weight} xml:space=\"preserve\">{text}</text>"
             )
             .unwrap();
         }
