@@ -879,6 +879,61 @@ fn restored_device_has_the_blocks_of_the_saved_one_and_its_guest_settles() {
     });
 }
 
+/// At rest the guest works with all that is plugged, all of it in Movable; each request was counted.
+#[test]
+fn blocks_in_use_and_requests_are_told_of() {
+    on_both("blocks_in_use_and_requests_are_told_of", |kind| {
+        let rig = Rig::started(kind, 64);
+        assert_eq!(rig.get("/hotplug/memory")["requests"], json!([]));
+        rig.resize(256 * MIB);
+        rig.resize(128 * MIB);
+        let plugged = json!([{"first": 0, "count": 64}]);
+        // Its driver may know a moment later than the device.
+        let blocks = until(|| {
+            let blocks = rig.get("/hotplug/memory/blocks");
+            (blocks["guest_online"] == plugged).then_some(blocks)
+        });
+        assert_eq!(blocks["plugged"], plugged);
+        assert_eq!(blocks["guest_plugged"], plugged);
+        assert_eq!(blocks["guest_movable"], plugged);
+        // A worker has one page in its hands at the most.
+        let pinned = blocks["guest_pinned"].as_array().unwrap().iter();
+        let pinned: u64 = pinned.map(|run| run["count"].as_u64().unwrap()).sum();
+        assert!(pinned <= 2, "{blocks}");
+        let status = rig.get("/hotplug/memory");
+        let acks = |request: &str| {
+            let requests = status["requests"].as_array().unwrap().iter();
+            let mut of_it = requests.filter(|r| r["request"] == request && r["answer"] == "ack");
+            let found = of_it.next().cloned().unwrap();
+            assert!(of_it.next().is_none(), "{status}");
+            found
+        };
+        for request in ["plug", "unplug"] {
+            let found = acks(request);
+            let number = |field: &str| found[field].as_u64().unwrap();
+            assert!(number("count") > 0 && number("p50_ns") > 0, "{found}");
+            assert!(number("p50_ns") <= number("p99_ns"), "{found}");
+            assert!(number("p99_ns") <= number("max_ns"), "{found}");
+            assert!(number("max_ns") <= number("total_ns"), "{found}");
+        }
+    });
+}
+
+/// Asks again until there is an answer.
+fn until<T>(mut ask: impl FnMut() -> Option<T>) -> T {
+    let start = std::time::Instant::now();
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "it does not come"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 #[test]
 fn devices_are_resized_frozen_and_saved_each_on_its_own_and_their_nodes_are_told_apart() {
     on_both("two devices", |guest| {

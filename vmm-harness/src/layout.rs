@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 use virtio_mem_wire::Geometry;
-use vmem_guest::abi::{MAX_DEVICES, MAX_VCPUS, Mailbox};
+use vmem_guest::abi::{MAX_DEVICES, MAX_VCPUS, Mailbox, map};
 
 /// Bytes in a page.
 pub const PAGE: u64 = 0x1000;
@@ -50,7 +50,7 @@ pub struct Layout {
     pub boot_info: u64,
     /// Address of the mailbox.
     pub mailbox: u64,
-    /// The words of the guest's view of the blocks of each device.
+    /// The words of the guest's view of the blocks of each device, all [`map`]s.
     pub views: Vec<Range<u64>>,
     /// The stacks, one after the other.
     pub stacks: Range<u64>,
@@ -140,7 +140,7 @@ impl Layout {
         let mut views_end = mailbox + Mailbox::PAGES_LEN;
         let views = geometries.iter().map(|geometry| {
             let start = views_end;
-            views_end += geometry.block_count().div_ceil(64) * 8;
+            views_end += geometry.block_count().div_ceil(64) * 8 * map::COUNT as u64;
             start..views_end
         });
         let views = views.collect();
@@ -224,7 +224,7 @@ mod tests {
                 "{gap:x?}"
             );
         }
-        assert_eq!(layout.views[0].end - layout.views[0].start, 2048 / 8);
+        assert_eq!(layout.views[0].end - layout.views[0].start, 4 * 2048 / 8);
         assert_eq!(layout.stack_top(1), layout.heap.start);
     }
 

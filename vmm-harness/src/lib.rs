@@ -18,6 +18,7 @@
 //! | what can be done to a device, whoever asks | [`control`] |
 //! | HTTP on a Unix socket, both ends | [`api`] |
 //! | what `vmem run` keeps alive | [`run`] |
+//! | what `vmem watch` shows | [`watch`] |
 //! | what `vmem serve` does | [`serve`] |
 //! | what `vmem replay` does and compares | [`replay`] |
 //! | what `vmem linux` boots, tries and checks | [`linux`] |
@@ -71,6 +72,7 @@ pub mod transport;
 mod vcpu;
 pub mod vfio_user;
 mod vm;
+pub mod watch;
 
 pub use backend::{Backend, KvmError, kvm_module, open_kvm};
 pub use boot::BootError;
@@ -78,7 +80,7 @@ pub use events::{EventLoop, EventLoopError, EventsError, Remote, Subscriber};
 pub use in_process::InProcessError;
 pub use layout::LayoutError;
 pub use machine::{GuestKind, Machine, MachineConfig, ReportError, StartError};
-pub use mailbox::{Report, WorkerReport};
+pub use mailbox::{BlockUse, Report, WorkerReport};
 pub use outcome::{Crash, Outcome, UnpluggedAccess, VcpuError};
 pub use size::{Size, parse_size};
 pub use transport::{InterruptCounts, InterruptLine, MmioTransport};

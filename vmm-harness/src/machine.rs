@@ -18,7 +18,7 @@ use crate::events::{EventLoop, EventLoopError};
 use crate::in_process::{self, InProcess, InProcessError};
 use crate::layout::{IMAGE_START, Layout, LayoutError};
 use crate::lifecycle::{Lifecycle, NotDone};
-use crate::mailbox::{Report, SharedMailbox};
+use crate::mailbox::{BlockUse, Report, SharedMailbox};
 use crate::outcome::Outcome;
 use crate::port::Port;
 use crate::slots::RevocableSlots;
@@ -310,6 +310,19 @@ impl Machine {
         self.report_until(deadline(timeout))
             .map_err(|reason| ReportError::new(reason, timeout))?;
         Ok(self.progresses())
+    }
+
+    /// What the guest does with the blocks of device `index`, with a report that is asked for as
+    /// [`report`](Self::report) does; what was known last if the guest does not answer in time.
+    /// `None` if there is no such device.
+    #[must_use]
+    pub fn block_use(&self, index: usize, timeout: Duration) -> Option<BlockUse> {
+        let block_count = self.devices().nth(index)?.geometry().block_count();
+        // Before the request: whichever report takes it, it is not older than this.
+        self.mailbox.use_request.store(1, Ordering::Release);
+        // As in `report`, but there is no other answer to be had.
+        let _ = self.report_until(deadline(timeout));
+        Some(self.mailbox.block_use(index, block_count))
     }
 
     /// Waits until the driver has settled on a target of `requested_size` bytes, and reports then.

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_mem_driver::driver::{Mode, Strategy};
 use virtio_mem_wire::{BlockMap, BlockRange};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory};
-use vmem_guest::abi::{self, DriverState, Mailbox, Shortfall};
+use vmem_guest::abi::{self, DriverState, Mailbox, Shortfall, map};
 
 use crate::BootMemory;
 use crate::layout::Layout;
@@ -120,6 +120,19 @@ pub struct Report {
     pub message: Option<String>,
 }
 
+/// What the guest does with the blocks of a device, as of the last report that was asked for with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockUse {
+    /// The blocks the driver believes plugged.
+    pub plugged: BlockMap,
+    /// The blocks the guest's page allocator works with.
+    pub online: BlockMap,
+    /// Those of them in zone Movable.
+    pub movable: BlockMap,
+    /// The blocks online with a page that cannot be moved for now.
+    pub pinned: BlockMap,
+}
+
 /// What one worker has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WorkerReport {
@@ -174,9 +187,26 @@ impl SharedMailbox {
                     slices: load(&worker.slices),
                 })
                 .collect(),
-            view: block_map(self.view(index).iter().map(load), block_count),
+            view: self.map(index, map::PLUGGED, block_count),
             message: self.message(),
         }
+    }
+
+    /// What the guest does with the blocks of device `index`. Bits beyond the region are left out.
+    pub(crate) fn block_use(&self, index: usize, block_count: u64) -> BlockUse {
+        BlockUse {
+            plugged: self.map(index, map::PLUGGED, block_count),
+            online: self.map(index, map::ONLINE, block_count),
+            movable: self.map(index, map::MOVABLE, block_count),
+            pinned: self.map(index, map::PINNED, block_count),
+        }
+    }
+
+    fn map(&self, index: usize, map: usize, block_count: u64) -> BlockMap {
+        let view = self.view(index);
+        let words = view.len() / map::COUNT;
+        let words = view[map * words..].iter().take(words);
+        block_map(words.map(|word| word.load(Ordering::Relaxed)), block_count)
     }
 
     /// The guest's message, if there is one, fit to be printed: what is not UTF-8 or would control a terminal
@@ -255,7 +285,19 @@ mod tests {
         let report = mailbox.report(0, 2, 100);
         assert_eq!(report.driver_state, None);
         assert_eq!(report.view.count(), 36);
-        assert_eq!(report.workers.len(), 2);
-        assert!(report.message.unwrap().starts_with("\u{fffd}\u{fffd}[2J"));
+        // Each map of these blocks has two words.
+        for (word, bits) in [(2, 0b1), (4, 0b10), (7, 0b1_0011)] {
+            mailbox.view(0)[word].store(bits, Ordering::Relaxed);
+        }
+        let block_use = mailbox.block_use(0, 68);
+        let run = |first, count| BlockRange { first, count };
+        for (map, runs) in [
+            (&block_use.plugged, run(64, 4)),
+            (&block_use.online, run(0, 1)),
+            (&block_use.movable, run(1, 1)),
+            (&block_use.pinned, run(64, 2)),
+        ] {
+            assert_eq!(map.runs().collect::<Vec<_>>(), [runs]);
+        }
     }
 }

@@ -9,8 +9,9 @@ use clap::{CommandFactory, Parser, Subcommand};
 use vmm_harness::demo::DemoError;
 use vmm_harness::run::RunError;
 use vmm_harness::serve::ServeError;
+use vmm_harness::watch::WatchError;
 
-use crate::cli::{client, demo, linux, replay, run, serve};
+use crate::cli::{client, demo, linux, replay, run, serve, watch};
 
 /// Resizes the memory of a running guest through a virtio memory device.
 #[derive(Parser)]
@@ -43,6 +44,9 @@ enum Command {
     /// Says how the memory of a guest of `vmem run` is.
     #[command(after_help = client::HELP)]
     Status(client::StatusArgs),
+    /// Shows a guest of `vmem run` live: sizes, blocks, requests, events.
+    #[command(after_help = watch::HELP)]
+    Watch(watch::WatchArgs),
     /// Holds requests of the guest's driver off.
     #[command(after_help = client::HELP)]
     Freeze(client::Api),
@@ -83,6 +87,7 @@ fn main() -> ExitCode {
         Some(Command::Run(args)) => run::run(args),
         Some(Command::Resize(args)) => client::resize(&args),
         Some(Command::Status(args)) => client::status(&args),
+        Some(Command::Watch(args)) => watch::run(&args),
         Some(Command::Freeze(api)) => client::freeze(&api),
         Some(Command::Thaw(api)) => client::thaw(&api),
         Some(Command::Snapshot(args)) => client::snapshot(&args),
@@ -98,6 +103,7 @@ fn main() -> ExitCode {
         let usage = error.downcast_ref().is_some_and(DemoError::is_usage)
             || error.downcast_ref().is_some_and(ServeError::is_usage)
             || error.downcast_ref().is_some_and(RunError::is_usage)
+            || error.downcast_ref().is_some_and(WatchError::is_usage)
             || error.is::<cli::UsageError>();
         eprintln!("vmem: {error:#}");
         ExitCode::from(if usage { 2 } else { 1 })

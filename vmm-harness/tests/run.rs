@@ -1,92 +1,20 @@
 //! `vmem run` and its clients, as their users see them.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "common/running.rs"]
+mod running;
+
 use std::fs;
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::thread;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-fn vmem(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vmem"));
-    command.args(args).env_remove("VMEM_API_SOCK");
-    command
-}
-
-fn output(args: &[&str]) -> (i32, String, String) {
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = vmem(args).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (status.code().unwrap(), text(stdout), text(stderr))
-}
-
-/// For a `vmem` that is broken; nothing here depends on how fast the machine is.
-const PATIENCE: Timespec = Timespec {
-    tv_sec: 60,
-    tv_nsec: 0,
-};
-
-/// A `vmem run` that listens; it does not outlive the test.
-struct Running {
-    child: Child,
-    stdout: BufReader<Patient<ChildStdout>>,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // An error is that it has ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Fails to read what does not come.
-struct Patient<T>(T);
-
-impl<T: Read + AsFd> Read for Patient<T> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let readable = PollFd::new(&self.0, PollFlags::IN);
-        match poll(&mut [readable], Some(&PATIENCE))? {
-            0 => Err(ErrorKind::TimedOut.into()),
-            _ => self.0.read(buffer),
-        }
-    }
-}
-
-impl Running {
-    fn start(socket: &Path, args: &[&str]) -> Self {
-        let mut command = vmem(&["run", "--guest", "in-process"]);
-        command.args(args).arg("--api-sock").arg(socket);
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let stdout = BufReader::new(Patient(child.stdout.take().unwrap()));
-        let mut running = Self { child, stdout };
-        let mut line = String::new();
-        running.stdout.read_line(&mut line).unwrap();
-        assert!(line.contains("control API at"), "{line}");
-        running
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    /// The exit code and what else it has said.
-    fn end(mut self) -> (Option<i32>, String) {
-        let mut rest = String::new();
-        self.stdout.read_to_string(&mut rest).unwrap();
-        (self.child.wait().unwrap().code(), rest)
-    }
-}
+use running::{Running, output};
 
 fn folder() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();

@@ -151,6 +151,12 @@ impl Handles {
         self.slots[index as usize]
     }
 
+    /// The page frames that have to stay where they are for now. A slot without a page is not fixed.
+    pub(super) fn fixed(&self) -> impl Iterator<Item = u64> + '_ {
+        let fixed = self.slots.iter().filter(|held| held.is_fixed());
+        fixed.filter_map(Held::pfn)
+    }
+
     /// Lets the handle with this index name the page `pfn`.
     pub(super) fn move_to(&mut self, index: u32, pfn: u64) {
         self.slots[index as usize].pfn = pfn;
@@ -162,6 +168,7 @@ impl Handles {
         self.lost -= usize::from(slot.pfn == Held::LOST);
         slot.generation = slot.generation.wrapping_add(1);
         slot.pins = 0;
+        slot.mobility = Mobility::Movable;
         self.vacant.push(handle.index);
     }
 

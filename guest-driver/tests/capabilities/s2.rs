@@ -755,6 +755,7 @@ fn s2_11_kernel_use_and_pins_keep_a_block_from_going_offline_and_say_where() {
     let kernel = machine.allocate(Mobility::Unmovable).unwrap();
     let at = machine.address(kernel).unwrap();
     assert_eq!(at / BLOCK, 32);
+    assert_eq!(machine.fixed_pages().collect::<Vec<_>>(), [at]);
     refused(&mut machine, Error::Busy, |m| m.offline(32));
     refused(&mut machine, Error::Busy, |m| {
         m.write("memory32/state", "offline")
@@ -767,12 +768,15 @@ fn s2_11_kernel_use_and_pins_keep_a_block_from_going_offline_and_say_where() {
     assert_eq!(machine.obstacle(32), Ok(Some((at, Obstacle::Unmovable))));
     assert_eq!(machine.obstacle(33), Ok(None));
     machine.free(kernel).unwrap();
+    assert_eq!(machine.fixed_pages().count(), 0);
 
     machine.pin(movable).unwrap();
     let at = machine.address(movable).unwrap();
+    assert_eq!(machine.fixed_pages().collect::<Vec<_>>(), [at]);
     refused(&mut machine, Error::Busy, |m| m.offline(32));
     assert_eq!(machine.obstacle(32), Ok(Some((at, Obstacle::Pinned))));
     machine.unpin(movable).unwrap();
+    assert_eq!(machine.fixed_pages().count(), 0);
 
     let isolation = machine.isolate(4 * GIB + 4 * MIB, 2 * MIB).unwrap();
     let expected = (4 * GIB + 4 * MIB, Obstacle::BeingEmptied);

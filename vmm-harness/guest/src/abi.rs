@@ -79,6 +79,21 @@ pub mod driver {
     pub const BIG_BLOCK: u64 = 1 << 1;
 }
 
+/// The maps at [`BootInfo::view`], one after the other, each with the same number of words.
+pub mod map {
+    /// Blocks the driver believes plugged.
+    pub const PLUGGED: usize = 0;
+    /// Of those, the ones the page allocator works with. This and the maps after it are as of the last report that
+    /// [`Mailbox::use_request`](super::Mailbox::use_request) was asked for with.
+    pub const ONLINE: usize = 1;
+    /// Of those, the ones in zone Movable.
+    pub const MOVABLE: usize = 2;
+    /// Of those online, the ones with a page that cannot be moved now.
+    pub const PINNED: usize = 3;
+    /// Number of maps.
+    pub const COUNT: usize = 4;
+}
+
 /// Port registers, 32 bits each, offsets from [`BootInfo::port`].
 pub mod port {
     /// Read: blocks until [`Mailbox::interrupt`](super::Mailbox::interrupt) or
@@ -250,6 +265,8 @@ pub struct Mailbox {
     pub rogue_address: AtomicU64,
     /// Host: raised by one to ask for a report.
     pub report_request: AtomicU64,
+    /// Host: not zero to have all [`maps`](map) with the next report; the guest swaps it with 0.
+    pub use_request: AtomicU32,
     /// Guest: set to the request it has answered, after the view and all fields below are written.
     pub report_done: AtomicU64,
     /// Guest: bytes of [`message`](Self::message) that are valid.

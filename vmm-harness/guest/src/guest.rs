@@ -16,7 +16,9 @@ use virtio_mem_wire::{BlockMap, BlockRange, BlockState};
 
 use crate::abi::{
     self, BootInfo, DriverReport, DriverState, MAX_DEVICES, MAX_VCPUS, Mailbox, Shortfall, command,
+    map,
 };
+use crate::block_use;
 use crate::lock::SpinLock;
 use crate::message::write_message;
 use crate::platform::Platform;
@@ -367,12 +369,18 @@ impl<P: Platform> Guest<P> {
         let hotplug = self.hotplug.lock(|| self.platform.relax());
         let pages_moved = hotplug.statistics().pages_migrated;
         mailbox.pages_moved.store(pages_moved, Ordering::Relaxed);
+        // It looks at each block and each page in use, which is too much for every report.
+        let with_use = mailbox.use_request.swap(0, Ordering::AcqRel) != 0;
         for driver in drivers {
             let of_node = hotplug.zones().filter(|zone| zone.nid == driver.node);
             let pages: u64 = of_node.map(|zone| zone.managed_pages).sum();
             let online_size = pages * self.parameters.profile.page_size();
             let view = self.platform.view(driver.index);
             driver.report(&mailbox.drivers[driver.index], view, online_size);
+            if with_use {
+                let geometry = &driver.driver.config().geometry;
+                block_use::publish(&hotplug, driver.driver.plugged_map(), geometry, view);
+            }
         }
         drop(hotplug);
         mailbox.report_done.store(request, Ordering::Release);

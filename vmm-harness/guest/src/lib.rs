@@ -11,6 +11,7 @@
 extern crate alloc;
 
 pub mod abi;
+mod block_use;
 mod guest;
 mod lock;
 mod message;

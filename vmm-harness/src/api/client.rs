@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
 use hyper::header::{HOST, HeaderValue};
-use hyper::{Method, Request, Response};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 use tokio::net::UnixStream;
@@ -20,6 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Before another attempt to connect.
 const QUEUE_FULL: Duration = Duration::from_millis(10);
+
+/// Bytes of an event at the most.
+const MAX_LINE: usize = 1 << 20;
 
 /// A request was not done.
 #[derive(Debug, Error)]
@@ -60,26 +64,96 @@ pub fn request(
     path: &str,
     body: Option<&Value>,
 ) -> Result<Value, ClientError> {
+    on_runtime(call(socket, method, path, body))
+}
+
+/// As [`request`], in a program that has a runtime.
+///
+/// # Errors
+///
+/// [`ClientError`].
+pub async fn call(
+    socket: &Path,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> Result<Value, ClientError> {
     let body = body.map(Value::to_string).unwrap_or_default();
     let request = Request::builder()
         .method(method)
         .uri(path)
         .body(Bytes::from(body))
         .map_err(|error| ClientError::Protocol(error.to_string()))?;
-    let (head, body) = exchange(socket, request)?.into_parts();
+    let (head, body) = send(socket, request).await?.into_parts();
+    let body = body.collect().await?.to_bytes();
     let value = match body.is_empty() {
         true => Value::Null,
-        false => serde_json::from_slice(&body)
-            .map_err(|error| ClientError::Protocol(error.to_string()))?,
+        false => json(&body)?,
     };
-    if head.status.is_success() {
-        return Ok(value);
+    match head.status.is_success() {
+        true => Ok(value),
+        false => Err(refused(head.status, &value)),
     }
-    let message = value["fault_message"].as_str().unwrap_or("no reason given");
-    Err(ClientError::Refused {
-        status: head.status.as_u16(),
+}
+
+/// Tells `on_event` what happens after the event with the number `after`, or from now on without it, and its number, until
+/// there will be no more. Of events that were lost to us it is told without one.
+///
+/// # Errors
+///
+/// [`ClientError`].
+pub async fn events(
+    socket: &Path,
+    after: Option<u64>,
+    mut on_event: impl FnMut(Option<u64>, Value),
+) -> Result<(), ClientError> {
+    let mut request = Request::builder().uri("/events");
+    if let Some(after) = after {
+        request = request.header("last-event-id", after);
+    }
+    let request = request
+        .body(Bytes::new())
+        .map_err(|error| ClientError::Protocol(error.to_string()))?;
+    let (head, mut body) = send(socket, request).await?.into_parts();
+    if !head.status.is_success() {
+        let value: Value = json(&body.collect().await?.to_bytes()).unwrap_or_default();
+        return Err(refused(head.status, &value));
+    }
+    let mut text = Vec::new();
+    let mut id = None;
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else {
+            continue;
+        };
+        for line in data.split_inclusive(|byte| *byte == b'\n') {
+            if text.len() + line.len() > MAX_LINE {
+                return Err(ClientError::Protocol("an event without an end".into()));
+            }
+            text.extend_from_slice(line);
+            if text.last() == Some(&b'\n') {
+                // An event is a number and then what it is, each in a line of its own.
+                if let Some(number) = text.strip_prefix(b"id: ") {
+                    id = Some(json(number)?);
+                } else if let Some(data) = text.strip_prefix(b"data: ") {
+                    on_event(id.take(), json(data)?);
+                }
+                text.clear();
+            }
+        }
+    }
+    Ok(())
+}
+
+fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ClientError> {
+    serde_json::from_slice(body).map_err(|error| ClientError::Protocol(error.to_string()))
+}
+
+fn refused(status: StatusCode, body: &Value) -> ClientError {
+    let message = body["fault_message"].as_str().unwrap_or("no reason given");
+    ClientError::Refused {
+        status: status.as_u16(),
         message: message.to_owned(),
-    })
+    }
 }
 
 /// Sends one request, on a connection of its own, and waits for the whole answer, whatever that is, for two minutes at the
@@ -89,31 +163,39 @@ pub fn request(
 ///
 /// [`ClientError`] if there is none.
 pub fn exchange(socket: &Path, request: Request<Bytes>) -> Result<Response<Bytes>, ClientError> {
+    on_runtime(async {
+        let (head, body) = send(socket, request).await?.into_parts();
+        let body = body.collect().await?.to_bytes();
+        Ok(Response::from_parts(head, body))
+    })
+}
+
+fn on_runtime<T>(exchange: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let exchange = async {
-        let connected = loop {
-            match UnixStream::connect(socket).await {
-                // More clients wait than the kernel has room for.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(QUEUE_FULL).await,
-                connected => break connected,
-            }
-        };
-        let stream = connected.map_err(|error| ClientError::Connect(socket.to_owned(), error))?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        // Ends with `sender`, or with an error that the request gets too.
-        tokio::spawn(connection);
-        let (mut head, body) = request.into_parts();
-        let host = HeaderValue::from_static("localhost");
-        head.headers.entry(HOST).or_insert(host);
-        let request = Request::from_parts(head, Full::new(body));
-        let (head, body) = sender.send_request(request).await?.into_parts();
-        let body = body.collect().await?.to_bytes();
-        Ok(Response::from_parts(head, body))
-    };
     runtime.block_on(async {
         let answer = timeout(PATIENCE, exchange).await;
         answer.unwrap_or(Err(ClientError::Late))
     })
+}
+
+/// Sends one request, on a connection of its own.
+async fn send(socket: &Path, request: Request<Bytes>) -> Result<Response<Incoming>, ClientError> {
+    let connected = loop {
+        match UnixStream::connect(socket).await {
+            // More clients wait than the kernel has room for.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(QUEUE_FULL).await,
+            connected => break connected,
+        }
+    };
+    let stream = connected.map_err(|error| ClientError::Connect(socket.to_owned(), error))?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    // Ends with the answer's body, or with an error that the request gets too.
+    tokio::spawn(connection);
+    let (mut head, body) = request.into_parts();
+    let host = HeaderValue::from_static("localhost");
+    head.headers.entry(HOST).or_insert(host);
+    let request = Request::from_parts(head, Full::new(body));
+    Ok(sender.send_request(request).await?)
 }

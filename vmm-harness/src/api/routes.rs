@@ -423,9 +423,12 @@ fn blocks(instance: &Instance, id: &str) -> Result<Value, ApiError> {
         "address": geometry.addr(),
         "block_size": geometry.block_size(),
         "block_count": geometry.block_count(),
-        "blocks": letters(&plugged, &guest),
+        "blocks": letters(&plugged, &guest.plugged),
         "plugged": runs(&plugged),
-        "guest_plugged": runs(&guest),
+        "guest_plugged": runs(&guest.plugged),
+        "guest_online": runs(&guest.online),
+        "guest_movable": runs(&guest.movable),
+        "guest_pinned": runs(&guest.pinned),
     }))
 }
 

@@ -12,6 +12,7 @@ use clap::builder::styling::{AnsiColor, Style};
 use hyper::Method;
 use serde_json::{Value, json};
 use vmm_harness::api::client::request;
+use vmm_harness::control::explain;
 use vmm_harness::demo::size as size_text;
 use vmm_harness::serve::control::Command;
 use vmm_harness::{linux, parse_size};
@@ -76,7 +77,7 @@ pub(crate) struct Api {
     api_sock: Option<PathBuf>,
     /// The memory device; the first if none is named
     #[arg(long, value_name = "ID")]
-    device: Option<String>,
+    pub(super) device: Option<String>,
 }
 
 impl Api {
@@ -88,11 +89,14 @@ impl Api {
         }
     }
 
-    fn request(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
-        let socket = self.api_sock.as_deref().ok_or_else(|| {
+    pub(super) fn socket(&self) -> Result<&Path, UsageError> {
+        self.api_sock.as_deref().ok_or_else(|| {
             UsageError("name the socket of a `vmem run` with --api-sock or VMEM_API_SOCK".into())
-        })?;
-        Ok(request(socket, method, path, body)?)
+        })
+    }
+
+    fn request(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+        Ok(request(self.socket()?, method, path, body)?)
     }
 }
 
@@ -277,30 +281,4 @@ pub(crate) fn restore(args: &FileArgs) -> anyhow::Result<ExitCode> {
     args.api
         .request(Method::PUT, &args.api.memory("/state"), Some(&state))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// What the API's reasons mean; `docs/operating.md` says what to do.
-fn explain(reason: &str) -> &str {
-    match reason {
-        "not_started" => "the guest is not started",
-        "guest_ended" => "the guest has ended",
-        "frozen" => "the device is frozen",
-        "device_failed" => "the device has failed",
-        "driver_failed" => "the guest's driver has given up",
-        "driver_booting" => "the guest's driver is not there yet",
-        "host_busy" => "the device answers BUSY",
-        "remainder" => "the rest is less than the driver can plug or unplug",
-        "capacity" => "the region has no whole memory block left",
-        "memory_in_use" => "the memory to be unplugged is in use",
-        "online_memory" => "only offline memory is unplugged",
-        "refused" => "the device refuses to plug more memory",
-        "no_metadata" => "the guest has no memory for the metadata of more memory",
-        "not_added" => "the guest does not add memory that was plugged",
-        "not_removed" => "the guest does not let go of memory that is unplugged",
-        "offline_threshold" => "too much of the guest's memory is offline to add more",
-        "config_unstable" => "the driver cannot read the configuration for changes",
-        "converging" => "on its way",
-        // Of a newer server.
-        other => other,
-    }
 }

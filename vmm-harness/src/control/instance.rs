@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use serde::Serialize;
 use thiserror::Error;
-use virtio_mem::wire::{BlockMap, Geometry};
-use virtio_mem::{State, VirtioMem};
+use virtio_mem::wire::{Answer, BlockMap, Geometry, RequestKind};
+use virtio_mem::{Latencies, State, VirtioMem};
 use vmem_guest::abi::DriverState;
 
 use super::{
     ControlError, Controller, DeviceOptions, Event, Events, GuestOptions, Operation, Reason,
 };
 use crate::demo::DemoError;
-use crate::{Machine, Outcome, Report, StartError};
+use crate::{BlockUse, Machine, Outcome, Report, StartError};
 
 /// How long a guest may take to say how it is before what it said last has to do.
 const REPORT_TIMEOUT: Duration = Duration::from_millis(250);
@@ -100,6 +100,8 @@ pub struct MemoryStatus {
     pub resident_size: u64,
     /// Hypervisor memory slots in use.
     pub slot_count: u64,
+    /// What the device has answered since it was made, by request and answer; what there was none of is left out.
+    pub requests: Vec<RequestStatus>,
     /// Whether requests are held off.
     pub frozen: bool,
     /// Where the guest is in its life.
@@ -132,11 +134,53 @@ impl MemoryStatus {
             usable_region_size: status.usable_region_size,
             resident_size: handle.resident_bytes().map_err(ControlError::Resident)?,
             slot_count: status.slot_count,
+            requests: RequestStatus::list(&handle.latencies()),
             frozen: status.frozen,
             state,
             reason: None,
             guest: None,
         })
+    }
+}
+
+/// Requests of one type with one answer, and how long they took: nanoseconds, percentiles at most twice too large.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct RequestStatus {
+    /// The type.
+    pub request: &'static str,
+    /// The answer.
+    pub answer: &'static str,
+    /// Number of them.
+    pub count: u64,
+    /// All of them together.
+    pub total_ns: u64,
+    /// Half of them took no longer.
+    pub p50_ns: u64,
+    /// All but one in a hundred took no longer.
+    pub p99_ns: u64,
+    /// The longest.
+    pub max_ns: u64,
+}
+
+impl RequestStatus {
+    fn list(latencies: &Latencies) -> Vec<Self> {
+        let nanos = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+        let pairs = RequestKind::ALL
+            .into_iter()
+            .flat_map(|kind| Answer::ALL.map(|answer| (kind, answer)));
+        let described = pairs.map(|(kind, answer)| {
+            let histogram = latencies.of(kind, answer);
+            Self {
+                request: kind.name(),
+                answer: answer.name(),
+                count: histogram.count(),
+                total_ns: nanos(histogram.total),
+                p50_ns: nanos(histogram.percentile(50)),
+                p99_ns: nanos(histogram.percentile(99)),
+                max_ns: nanos(histogram.max),
+            }
+        });
+        described.filter(|requests| requests.count > 0).collect()
     }
 }
 
@@ -496,18 +540,19 @@ impl Instance {
         Ok(started.reason(controller, &started.reports()[index]))
     }
 
-    /// The blocks of a device: geometry, those plugged, and those the guest's driver believes plugged.
+    /// The blocks of a device: geometry, those plugged, and what the guest does with them.
     ///
     /// # Errors
     ///
     /// [`InstanceError`].
-    pub fn blocks(&self, id: &str) -> Result<(Geometry, BlockMap, BlockMap), InstanceError> {
+    pub fn blocks(&self, id: &str) -> Result<(Geometry, BlockMap, BlockUse), InstanceError> {
         let phase = self.read();
         let started = started(&phase)?;
         let (index, controller) = started.controller(id)?;
-        let view = started.reports().swap_remove(index).view;
+        let block_use = started.machine.block_use(index, REPORT_TIMEOUT);
+        let block_use = block_use.ok_or_else(|| InstanceError::UnknownDevice(id.into()))?;
         let device = controller.device();
-        Ok((device.geometry(), device.plugged(), view))
+        Ok((device.geometry(), device.plugged(), block_use))
     }
 
     /// Ends the guest, which verifies its pages first; how it has ended and what it said last of itself and its first

@@ -21,9 +21,9 @@ use virtio_mem::wire::Answer;
 use virtio_mem::{Handle, Resize, ResizeError, ResizeState, SaveError, State, Status};
 
 pub use events::{Event, Events, Listener};
-pub use instance::{GuestStatus, Instance, InstanceError, MemoryStatus, RunState};
+pub use instance::{GuestStatus, Instance, InstanceError, MemoryStatus, RequestStatus, RunState};
 pub use options::{DeviceOptions, FIRST_DEVICE, GuestOptions};
-pub use reason::Reason;
+pub use reason::{Reason, explain};
 
 /// Operations that are remembered; of more, the oldest are forgotten.
 const MAX_OPERATIONS: usize = 1024;

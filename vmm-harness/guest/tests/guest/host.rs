@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use virtio_mem_driver::driver::{Policy, Strategy};
 use virtio_mem_driver::hotplug::{OnlineType, Profile};
 use virtio_mem_wire::{BlockMap, BlockRange};
-use vmem_guest::abi::{DriverReport, DriverState, MAX_DEVICES, Mailbox, command};
+use vmem_guest::abi::{DriverReport, DriverState, MAX_DEVICES, Mailbox, command, map};
 use vmem_guest::{Guest, Parameters, Platform};
 
 use crate::support::device::{Device, FakeTransport};
@@ -160,7 +160,7 @@ impl<'a> Host<'a> {
         clock_rate: u64,
         test: impl FnOnce(&Host<'_>),
     ) {
-        let words = device.state().plugged.len().div_ceil(64) as usize;
+        let words = device.state().plugged.len().div_ceil(64) as usize * map::COUNT;
         let platform = TestPlatform::new(device, words, clock_rate);
         let transport = FakeTransport(Arc::clone(device));
         let guest = Guest::boot(&platform, vec![transport], parameters).unwrap();
@@ -241,10 +241,12 @@ impl<'a> Host<'a> {
         });
     }
 
-    /// The map of the last report.
-    pub(crate) fn view(&self) -> BlockMap {
+    /// One of the [`map`]s of the last report.
+    pub(crate) fn view(&self, map_index: usize) -> BlockMap {
+        let words = self.platform.view.len() / map::COUNT;
         let mut map = BlockMap::new(self.device.state().plugged.len());
-        for (index, word) in self.platform.view.iter().enumerate() {
+        let view = self.platform.view.chunks_exact(words).nth(map_index);
+        for (index, word) in view.into_iter().flatten().enumerate() {
             let word = word.load(Ordering::Relaxed);
             for bit in (0..64).filter(|bit| word & (1 << bit) != 0) {
                 map.insert(BlockRange {

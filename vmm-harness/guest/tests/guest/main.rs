@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use virtio_mem_driver::driver::{Policy, Strategy};
 use virtio_mem_driver::hotplug::Profile;
 use virtio_mem_wire::Answer;
-use vmem_guest::abi::{DriverState, MAX_VCPUS, WorkerCounters, command};
+use vmem_guest::abi::{DriverState, MAX_VCPUS, WorkerCounters, command, map};
 use vmem_guest::{BootError, Guest, Parameters};
 
 use host::{Host, PARAMETERS, TestPlatform};
@@ -31,9 +31,13 @@ fn memory_is_resized_under_working_vcpus_and_no_page_is_lost() {
         let mut moved = 0;
         for target in [GIB, 130 * MIB, 2 * GIB, 6 * MIB, 256 * MIB, 0] {
             host.resize(target);
-            // The view is the device's map.
-            assert_eq!(host.view(), host.device.state().plugged);
+            // The view is the device's map, and at rest all of it is in use.
             let mailbox = host.mailbox();
+            mailbox.use_request.store(1, Ordering::Release);
+            host.report();
+            for map in [map::PLUGGED, map::ONLINE, map::MOVABLE] {
+                assert_eq!(host.view(map), host.device.state().plugged, "{map}");
+            }
             assert_eq!(host.driver().plugged_size.load(Ordering::Relaxed), target);
             assert_eq!(host.driver().online_size.load(Ordering::Relaxed), target);
             moved = mailbox.pages_moved.load(Ordering::Relaxed);
@@ -226,7 +230,7 @@ fn guest_that_cannot_start_says_why() {
             vcpu_count,
             ..PARAMETERS
         };
-        assert_eq!(boot(parameters, 8), BootError::VcpuCount(vcpu_count));
+        assert_eq!(boot(parameters, 32), BootError::VcpuCount(vcpu_count));
     }
     let profile = Profile {
         page_shift: 30,
@@ -236,11 +240,11 @@ fn guest_that_cannot_start_says_why() {
         profile,
         ..PARAMETERS
     };
-    assert!(matches!(boot(parameters, 8), BootError::Profile(_)));
+    assert!(matches!(boot(parameters, 32), BootError::Profile(_)));
     assert_eq!(
         boot(PARAMETERS, 7),
-        BootError::ViewTooSmall { have: 7, need: 8 }
+        BootError::ViewTooSmall { have: 7, need: 32 }
     );
     device.state().refuse_features = true;
-    assert!(matches!(boot(PARAMETERS, 8), BootError::Probe(_)));
+    assert!(matches!(boot(PARAMETERS, 32), BootError::Probe(_)));
 }

@@ -1,0 +1,12 @@
+//! `vmem watch`: what it draws, exactly, and what it does to a terminal.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+mod pictures;
+#[path = "../common/running.rs"]
+mod running;
+mod svg;
+mod terminal;
