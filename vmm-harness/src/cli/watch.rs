@@ -26,7 +26,7 @@ Examples:
 
 Exit codes:
   0  told to end, by a key, SIGINT or SIGTERM
-  1  nobody serves there, or did when it was told to end; or the terminal failed
+  1  nobody serves there, at the start or when it is told to end; or the terminal failed
   2  the options are wrong, or this is not a terminal";
 
 #[derive(Args)]

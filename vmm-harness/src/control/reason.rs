@@ -105,6 +105,33 @@ impl Reason {
     }
 }
 
+/// What the API's names of reasons mean, for people.
+#[must_use]
+pub fn explain(reason: &str) -> &str {
+    match reason {
+        "not_started" => "the guest is not started",
+        "guest_ended" => "the guest has ended",
+        "frozen" => "the device is frozen",
+        "device_failed" => "the device has failed",
+        "driver_failed" => "the guest's driver has given up",
+        "driver_booting" => "the guest's driver is not there yet",
+        "host_busy" => "the device answers BUSY",
+        "remainder" => "the rest is less than the driver can plug or unplug",
+        "capacity" => "the region has no whole memory block left",
+        "memory_in_use" => "the memory to be unplugged is in use",
+        "online_memory" => "only offline memory is unplugged",
+        "refused" => "the device refuses to plug more memory",
+        "no_metadata" => "the guest has no memory for the metadata of more memory",
+        "not_added" => "the guest does not add memory that was plugged",
+        "not_removed" => "the guest does not let go of memory that is unplugged",
+        "offline_threshold" => "too much of the guest's memory is offline to add more",
+        "config_unstable" => "the driver cannot read the configuration for changes",
+        "converging" => "on its way",
+        // Of a newer server.
+        other => other,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io;
@@ -207,32 +234,5 @@ mod tests {
             ..failed
         };
         assert_eq!(Reason::of(&there, Some(&broken), ended), None);
-    }
-}
-
-/// What the API's names of reasons mean, for people.
-#[must_use]
-pub fn explain(reason: &str) -> &str {
-    match reason {
-        "not_started" => "the guest is not started",
-        "guest_ended" => "the guest has ended",
-        "frozen" => "the device is frozen",
-        "device_failed" => "the device has failed",
-        "driver_failed" => "the guest's driver has given up",
-        "driver_booting" => "the guest's driver is not there yet",
-        "host_busy" => "the device answers BUSY",
-        "remainder" => "the rest is less than the driver can plug or unplug",
-        "capacity" => "the region has no whole memory block left",
-        "memory_in_use" => "the memory to be unplugged is in use",
-        "online_memory" => "only offline memory is unplugged",
-        "refused" => "the device refuses to plug more memory",
-        "no_metadata" => "the guest has no memory for the metadata of more memory",
-        "not_added" => "the guest does not add memory that was plugged",
-        "not_removed" => "the guest does not let go of memory that is unplugged",
-        "offline_threshold" => "too much of the guest's memory is offline to add more",
-        "config_unstable" => "the driver cannot read the configuration for changes",
-        "converging" => "on its way",
-        // Of a newer server.
-        other => other,
     }
 }

@@ -1,9 +1,5 @@
 //! `vmem watch`: what it draws, exactly, and what it does to a terminal.
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod pictures;
 #[path = "../common/running.rs"]
