@@ -36,13 +36,30 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 thread_local! {
     static VCPU: Cell<usize> = const { Cell::new(usize::MAX) };
+    /// The wake-up this vCPU has last returned from waiting for.
+    static SEEN: Cell<u64> = const { Cell::new(0) };
 }
 
-/// How many vCPUs sleep; changes are announced, and so is everything a sleeper may wait for.
+/// Who sleeps; changes are announced, and so is everything a sleeper may wait for.
 #[derive(Debug, Default)]
 struct Sleepers {
-    count: Mutex<usize>,
+    state: Mutex<SleepState>,
     wake: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct SleepState {
+    /// How many vCPUs sleep.
+    count: usize,
+    /// Raised with every wake-up: one vCPU takes the interrupt, but what it announces may concern all of them.
+    wakes: u64,
+}
+
+impl Sleepers {
+    fn wake(&self) {
+        self.state.lock().unwrap().wakes += 1;
+        self.wake.notify_all();
+    }
 }
 
 pub(crate) struct TestPlatform {
@@ -81,8 +98,7 @@ impl TestPlatform {
     }
 
     fn wake(&self) {
-        let _count = self.sleepers.count.lock().unwrap();
-        self.sleepers.wake.notify_all();
+        self.sleepers.wake();
     }
 }
 
@@ -109,23 +125,24 @@ impl Platform for &TestPlatform {
 
     fn wait(&self, deadline_ms: Option<u64>) {
         let mailbox = &self.mailbox;
-        let mut count = self.sleepers.count.lock().unwrap();
-        *count += 1;
+        let mut state = self.sleepers.state.lock().unwrap();
+        state.count += 1;
         loop {
             let pending = mailbox.interrupt.load(Ordering::Acquire) != 0
                 || mailbox.command.load(Ordering::Acquire) != 0
                 || mailbox.report_request.load(Ordering::Acquire)
                     != mailbox.report_done.load(Ordering::Acquire);
             let rest = deadline_ms.map(|deadline| deadline.saturating_sub(self.now_ms()));
-            if pending || rest == Some(0) {
+            if pending || SEEN.get() != state.wakes || rest == Some(0) {
                 break;
             }
             let ours = rest.and_then(|rest| rest.checked_div(self.clock_rate));
             // A little more, for what the division has lost.
             let rest = ours.map_or(PATIENCE, |rest| Duration::from_millis(rest + 1));
-            count = self.sleepers.wake.wait_timeout(count, rest).unwrap().0;
+            state = self.sleepers.wake.wait_timeout(state, rest).unwrap().0;
         }
-        *count -= 1;
+        SEEN.set(state.wakes);
+        state.count -= 1;
     }
 
     fn relax(&self) {
@@ -173,8 +190,7 @@ impl<'a> Host<'a> {
         let mailbox = Arc::clone(&platform.mailbox);
         device.state().interrupt_line = Some(Box::new(move || {
             mailbox.interrupt.store(1, Ordering::Release);
-            let _count = sleepers.count.lock().unwrap();
-            sleepers.wake.notify_all();
+            sleepers.wake();
         }));
         let result = thread::scope(|scope| {
             for vcpu in 0..parameters.vcpu_count {
@@ -270,7 +286,7 @@ impl<'a> Host<'a> {
 
     /// Waits until `count` vCPUs sleep.
     pub(crate) fn await_sleepers(&self, count: usize) {
-        self.until(|| *self.platform.sleepers.count.lock().unwrap() == count);
+        self.until(|| self.platform.sleepers.state.lock().unwrap().count == count);
     }
 
     /// Who has touched which address.
