@@ -4,7 +4,7 @@
 #[expect(dead_code, reason = "this file needs no device of the common kind")]
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virtio_mem::{Anonymous, Builder, VirtioMem};
 use vm_memory::GuestAddress;
@@ -40,6 +40,7 @@ fn resize(machine: &Machine, targets: &[u64]) -> Vec<Report> {
     for (device, target) in machine.devices().zip(targets) {
         device.handle().resize(*target).unwrap();
     }
+    let start = Instant::now();
     loop {
         let reports = machine.reports(LONG).unwrap();
         let there = |(report, target): (&Report, &u64)| {
@@ -50,6 +51,10 @@ fn resize(machine: &Machine, targets: &[u64]) -> Vec<Report> {
         if reports.iter().zip(targets).all(there) {
             return reports;
         }
+        assert!(
+            start.elapsed() < LONG,
+            "{targets:?} are not reached: {reports:?}"
+        );
     }
 }
 
