@@ -19,6 +19,8 @@
 //! | HTTP on a Unix socket, both ends | [`api`] |
 //! | what `vmem run` keeps alive | [`run`] |
 //! | what `vmem serve` does | [`serve`] |
+//! | what `vmem stress` does and checks | [`stress`] |
+//! | the page it leaves behind | [`report`] |
 //! | what `vmem replay` does and compares | [`replay`] |
 //! | what `vmem linux` boots, tries and checks | [`linux`] |
 //!
@@ -61,12 +63,14 @@ mod mailbox;
 mod outcome;
 mod port;
 pub mod replay;
+pub mod report;
 pub mod run;
 pub mod serve;
 mod signals;
 mod size;
 pub mod slots;
 mod socket;
+pub mod stress;
 pub mod transport;
 mod vcpu;
 pub mod vfio_user;

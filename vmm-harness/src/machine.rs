@@ -152,7 +152,7 @@ pub struct Machine {
 
 #[derive(Debug)]
 enum RunningGuest {
-    Kvm(RunningVm),
+    Kvm(RunningVm, RevocableSlots),
     InProcess(InProcess),
 }
 
@@ -190,14 +190,15 @@ impl Machine {
                 let parts = Parts::new(config, memory, device, loaded.end)?;
                 boot::build_page_tables(&parts.memory, &parts.layout)?;
                 boot::write_boot_info(&parts.memory, &parts.layout, parts.parameters)?;
+                let revoked = slots.clone();
                 let vm_parts = VmParts {
                     bus: Arc::clone(&parts.bus),
                     lifecycle: Arc::clone(&parts.lifecycle),
                     mailbox: parts.mailbox.clone(),
-                    revoke_slots: Arc::new(move || slots.revoke()),
+                    revoke_slots: Arc::new(move || revoked.revoke()),
                 };
                 let running = vm.start(&vm_parts, &parts.layout, loaded.entry)?;
-                Ok(parts.into_machine(backend, RunningGuest::Kvm(running)))
+                Ok(parts.into_machine(backend, RunningGuest::Kvm(running, slots)))
             }
             None => {
                 let parts = Parts::new(config, memory, device.build()?, IMAGE_START)?;
@@ -302,7 +303,16 @@ impl Machine {
     #[must_use]
     pub fn exits(&self) -> Option<ExitCounts> {
         match &self.guest {
-            RunningGuest::Kvm(vm) => Some(vm.exits()),
+            RunningGuest::Kvm(vm, _) => Some(vm.exits()),
+            RunningGuest::InProcess(_) => None,
+        }
+    }
+
+    /// KVM memory slots the device has now; `None` without KVM.
+    #[must_use]
+    pub fn slots(&self) -> Option<u64> {
+        match &self.guest {
+            RunningGuest::Kvm(_, slots) => Some(slots.count()),
             RunningGuest::InProcess(_) => None,
         }
     }
@@ -343,7 +353,7 @@ impl Machine {
             self.lifecycle.finish(Outcome::Stopped);
         }
         match &mut self.guest {
-            RunningGuest::Kvm(vm) => {
+            RunningGuest::Kvm(vm, _) => {
                 vm.halt();
                 vm.join();
             }
@@ -503,11 +513,14 @@ mod tests {
             bus: Arc::clone(&parts.bus),
             lifecycle: Arc::clone(&parts.lifecycle),
             mailbox: parts.mailbox.clone(),
-            revoke_slots: Arc::new(move || slots.revoke()),
+            revoke_slots: Arc::new({
+                let slots = slots.clone();
+                move || slots.revoke()
+            }),
         };
         let running = vm.start(&vm_parts, &parts.layout, loaded.entry).unwrap();
         let backend = Backend::Kvm { module: None };
-        Some(parts.into_machine(backend, RunningGuest::Kvm(running)))
+        Some(parts.into_machine(backend, RunningGuest::Kvm(running, slots)))
     }
 
     #[test]

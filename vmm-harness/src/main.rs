@@ -71,6 +71,9 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Resizes working guests all the time, with faults if asked for, and checks them all the time.
+    #[command(after_help = cli::STRESS_HELP)]
+    Stress(cli::StressArgs),
     /// Serves a memory device to VMMs that speak vfio-user, and resizes it as told on standard input.
     #[command(after_help = SERVE_HELP)]
     Serve(ServeArgs),
@@ -251,6 +254,7 @@ fn main() -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "vmem", &mut io::stdout());
             Ok(ExitCode::SUCCESS)
         }
+        Some(Command::Stress(args)) => cli::stress(&args),
         Some(Command::Serve(args)) => run_serve(args),
         None => run_demo(&cli.demo),
     };

@@ -111,6 +111,11 @@ impl MachineArgs {
         }
     }
 
+    /// The seed, if one is given.
+    pub(crate) fn seed(&self) -> Option<u64> {
+        self.seed
+    }
+
     pub(crate) fn options(&self) -> DemoOptions {
         let default = DemoOptions::default();
         let size = |size: Option<Size>, default| size.map_or(default, |Size(bytes)| bytes);

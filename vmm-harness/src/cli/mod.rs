@@ -3,10 +3,12 @@
 pub(crate) mod client;
 mod machine;
 mod run;
+mod stress;
 
 pub(crate) use client::{ResizeArgs, StatusArgs, resize, status};
 pub(crate) use machine::MachineArgs;
 pub(crate) use run::{RunArgs, run};
+pub(crate) use stress::{STRESS_HELP, StressArgs, stress};
 
 /// The command line is wrong in a way its parser cannot see.
 #[derive(Debug, thiserror::Error)]

@@ -1,7 +1,7 @@
 //! The main job: a guest that works in its memory while it is grown and shrunk, checked at every step.
 
-mod checks;
-mod options;
+pub(crate) mod checks;
+pub(crate) mod options;
 mod residency;
 mod table;
 
@@ -205,7 +205,7 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
     let plan = Plan::new(options)?;
     check_pool(options, &plan)?;
     let (config, device) = options.machine_for(&plan)?;
-    let machine = Machine::start(&config, device)?;
+    let mut machine = Machine::start(&config, device)?;
     let handle = machine.handle();
     let booted = machine
         .settled(0, STEP_TIMEOUT)
@@ -242,7 +242,7 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
             summary.rogue = Some(rogue);
         }
         false => {
-            summary.pages_verified = end(machine)?;
+            summary.pages_verified = end(&mut machine)?;
             table::end(out, &summary)?;
         }
     }
@@ -290,7 +290,7 @@ impl Moment {
     }
 }
 
-fn pages_verified(report: &Report) -> u64 {
+pub(crate) fn pages_verified(report: &Report) -> u64 {
     report
         .workers
         .iter()
@@ -320,6 +320,7 @@ fn step(
         plan,
         target,
         plugged: plan.reachable(target, last.report.plugged_size),
+        host_failures: 0,
     };
     checks::reached(machine.device(), &expected, &report)?;
     let goal = match expected.plugged {
@@ -396,7 +397,7 @@ fn beside_plugged_block(handle: &Handle) -> Option<u64> {
     Some(geometry.address(block))
 }
 
-fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
+pub(crate) fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
     let geometry = handle.geometry();
     let first_unplugged = handle.plugged().next(0, false);
     let address = beside_plugged_block(handle)
@@ -437,7 +438,7 @@ fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
     Ok(rogue)
 }
 
-fn end(mut machine: Machine) -> Result<u64, DemoError> {
+pub(crate) fn end(machine: &mut Machine) -> Result<u64, DemoError> {
     let device = machine.device().clone();
     match machine.finish(STEP_TIMEOUT) {
         Outcome::Exited => checks::end(&device, &machine.progress()),

@@ -99,7 +99,7 @@ impl DemoOptions {
     }
 
     /// As [`machine`](Self::machine), for who has a plan.
-    pub(super) fn machine_for(&self, plan: &Plan) -> Result<(MachineConfig, Builder), DemoError> {
+    pub(crate) fn machine_for(&self, plan: &Plan) -> Result<(MachineConfig, Builder), DemoError> {
         let backing = self.backing.map(self.region);
         let backing = backing.map_err(|error| DemoError::Backing(size(self.region), error))?;
         let mut device =
@@ -155,19 +155,19 @@ impl BackingKind {
 
 /// What is going to happen.
 #[derive(Clone, Debug)]
-pub(super) struct Plan {
-    pub(super) geometry: Geometry,
-    pub(super) policy: Policy,
-    pub(super) sizes: Sizes,
-    pub(super) targets: Vec<u64>,
-    pub(super) pages_per_step: u64,
+pub(crate) struct Plan {
+    pub(crate) geometry: Geometry,
+    pub(crate) policy: Policy,
+    pub(crate) sizes: Sizes,
+    pub(crate) targets: Vec<u64>,
+    pub(crate) pages_per_step: u64,
 }
 
 impl Plan {
     /// # Errors
     ///
     /// [`DemoError::Options`] if the options do not go together.
-    pub(super) fn new(options: &DemoOptions) -> Result<Self, DemoError> {
+    pub(crate) fn new(options: &DemoOptions) -> Result<Self, DemoError> {
         let geometry = Geometry::new(REGION_START, options.region, options.block_size)
             .map_err(|error| DemoError::Options(error.to_string()))?;
         check_boot_memory(options.boot_memory)?;
@@ -212,7 +212,7 @@ impl Plan {
     }
 
     /// Bytes of the region the driver can use: those in whole units.
-    pub(super) fn capacity(&self) -> u64 {
+    pub(crate) fn capacity(&self) -> u64 {
         let unit = self.sizes.unit_size;
         let (start, len) = (self.geometry.addr(), self.geometry.region_size());
         let (first, end) = (start.div_ceil(unit), (start + len) / unit);
@@ -223,7 +223,7 @@ impl Plan {
     ///
     /// Granules are plugged and unplugged as a whole. Where that leaves a remainder, Linux is content with the side
     /// it comes from, and `Direct` rounds the target down.
-    pub(super) fn reachable(&self, target: u64, plugged: u64) -> u64 {
+    pub(crate) fn reachable(&self, target: u64, plugged: u64) -> u64 {
         let granule = self.sizes.granule_size;
         let whole = |bytes: u64| bytes / granule * granule;
         let reachable = match self.policy.strategy {
@@ -261,7 +261,7 @@ impl Plan {
 }
 
 /// What is added and removed at a time.
-pub(super) fn unit_name(mode: Mode) -> &'static str {
+pub(crate) fn unit_name(mode: Mode) -> &'static str {
     match mode {
         Mode::SubBlock => "memory block",
         Mode::BigBlock => "big block",

@@ -1,0 +1,306 @@
+//! Who resizes a guest, through its lives.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use virtio_mem::{MappingLimits, PlugObserver, Run, VirtioMem};
+use vmem_guest::abi::DriverState;
+
+use super::census::{Census, LeakError, mappings_in, region_of};
+use super::observer::Observer;
+use super::pattern::{Move, Moves, Then};
+use super::stop::Stop;
+use super::{Failure, Shared, VmState, lock};
+use crate::demo::checks::{self, Expected, check};
+use crate::demo::{self, DemoError};
+use crate::{Machine, Report, ReportError};
+
+/// Resizes a guest lives for.
+const LIFE: u64 = 500;
+
+/// How long a guest may take for a report before it is asked whether the run is over.
+const REPORT_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Resizes one guest.
+#[derive(Debug)]
+pub(super) struct Operator<'a> {
+    shared: &'a Shared<'a>,
+    vm: usize,
+    moves: Moves,
+    /// Of this guest, in all its lives.
+    resizes: u64,
+    target: u64,
+}
+
+impl<'a> Operator<'a> {
+    pub(super) fn new(shared: &'a Shared<'a>, vm: usize) -> Self {
+        let options = shared.options;
+        let plan = &shared.plan;
+        let seed = options.guest.seed ^ (vm as u64) << 32;
+        Self {
+            shared,
+            vm,
+            moves: Moves::new(
+                options.pattern,
+                seed,
+                plan.sizes.granule_size,
+                plan.capacity(),
+            ),
+            resizes: 0,
+            target: 0,
+        }
+    }
+
+    fn state(&self) -> &'a VmState {
+        &self.shared.vms[self.vm]
+    }
+
+    /// Lets guests live until it is enough.
+    pub(super) fn run(mut self) {
+        while self.shared.next_resize() {
+            let before = Census::take().map_err(DemoError::from);
+            let lived = before.and_then(|before| self.life(before));
+            if let Err(source) = lived {
+                self.shared.fail(Failure {
+                    vm: self.vm,
+                    resize: self.resizes,
+                    target: self.target,
+                    source,
+                });
+            }
+        }
+    }
+
+    fn life(&mut self, before: Census) -> Result<(), DemoError> {
+        let shared = self.shared;
+        let lives = lock(&self.state().summary).lives;
+        let mut options = shared.options.guest.clone();
+        options.seed = options.seed.wrapping_add(lives << 8 | self.vm as u64);
+        let (config, device) = options.machine_for(&shared.plan)?;
+        let machine = Machine::start(&config, device)?;
+        *lock(&shared.backend) = machine.backend().to_string();
+        self.target = 0;
+        checks::driver(&shared.plan, &self.settle(&machine, 0)?)?;
+        let blocks = Arc::new(BlockCount::new(machine.device().geometry().block_size()));
+        let observed = machine.handle().add_observer(Arc::clone(&blocks));
+        observed.map_err(io::Error::other)?;
+        let over = Stop::default();
+        let earlier = *lock(&self.state().live);
+        let observer = Observer {
+            shared,
+            vm: self.vm,
+            machine: &machine,
+            blocks: &blocks,
+            before: earlier,
+        };
+        let observations = thread::scope(|scope| {
+            let observing = thread::Builder::new()
+                .name(format!("vmem-observer{}", self.vm))
+                .spawn_scoped(scope, || {
+                    // The operator is not to wait for what does not come.
+                    let looked = observer.run(&over);
+                    if looked.is_err() {
+                        shared.stop.raise();
+                    }
+                    looked
+                })?;
+            let operated = self.operate(&machine);
+            over.raise();
+            let observed = observing.join().unwrap_or_else(|_| {
+                Err(io::Error::other("the observer's thread has panicked").into())
+            });
+            // What the observer has found made the operator stop.
+            let observations = observed?;
+            operated.map(|()| observations)
+        })?;
+        let handle = machine.handle();
+        let device = machine.device().clone();
+        let last = self.end(machine)?;
+        let (plugged, unplugged) = blocks.get();
+        let mut summary = lock(&self.state().summary);
+        summary.observations += observations;
+        summary.blocks_plugged += plugged;
+        summary.blocks_unplugged += unplugged;
+        summary.add_life(&last, &handle.latencies());
+        let mut live = lock(&self.state().live);
+        live.blocks_plugged = summary.blocks_plugged;
+        live.blocks_unplugged = summary.blocks_unplugged;
+        live.pages_verified = summary.pages_verified;
+        drop((summary, live, handle, device));
+        self.alone(|| before.nothing_leaked())
+    }
+
+    /// Resizes until the life is over or it is enough, and comes to rest without memory.
+    fn operate(&mut self, machine: &Machine) -> Result<(), DemoError> {
+        let begun = Census::take()?;
+        for _ in 0..LIFE {
+            if !self.shared.next_resize() {
+                break;
+            }
+            let Some(Move { target, then }) = self.moves.next() else {
+                break;
+            };
+            self.resize(machine, target)?;
+            match then {
+                Then::Rest => self.rest(machine, begun)?,
+                Then::Leave(after) => {
+                    self.shared.stop.wait(after);
+                }
+            }
+        }
+        if self.shared.stop.is_raised() {
+            return Ok(());
+        }
+        self.resize(machine, 0)?;
+        self.rest(machine, begun)
+    }
+
+    fn resize(&mut self, machine: &Machine, target: u64) -> Result<(), DemoError> {
+        self.resizes += 1;
+        self.target = target;
+        self.shared.resizes.fetch_add(1, Ordering::Relaxed);
+        lock(&self.state().live).resizes += 1;
+        lock(&self.state().summary).resizes += 1;
+        let asked = machine.handle().resize(target);
+        asked.map_err(|error| DemoError::Options(error.to_string()))?;
+        Ok(())
+    }
+
+    /// Waits until the guest has settled on `target`.
+    fn settle(&self, machine: &Machine, target: u64) -> Result<Report, DemoError> {
+        let failed = |source| DemoError::Guest {
+            target: demo::size(target),
+            source,
+        };
+        let mut answered = Instant::now();
+        loop {
+            match machine.report(REPORT_INTERVAL) {
+                Ok(report) => {
+                    answered = Instant::now();
+                    match report.driver_state {
+                        Some(DriverState::Failed) => {
+                            let message = report.message.unwrap_or_default();
+                            return Err(failed(ReportError::DriverFailed(message)));
+                        }
+                        Some(DriverState::Settled) if report.requested_size == target => {
+                            return Ok(report);
+                        }
+                        _ => {}
+                    }
+                }
+                Err(ReportError::Late(_))
+                    if answered.elapsed() < self.shared.options.stuck_after => {}
+                Err(error) => return Err(failed(error)),
+            }
+            if self.shared.stop.is_raised() {
+                return Err(failed(ReportError::Late(answered.elapsed())));
+            }
+        }
+    }
+
+    /// Waits for the guest and checks everything.
+    fn rest(&self, machine: &Machine, begun: Census) -> Result<(), DemoError> {
+        let report = self.settle(machine, self.target)?;
+        let expected = Expected {
+            plan: &self.shared.plan,
+            target: self.target,
+            plugged: self.target,
+            host_failures: 0,
+        };
+        // Whatever was plugged: what is not now has gone back to the host.
+        checks::step(machine.device(), &expected, u64::MAX, &report)?;
+        no_slot_leaked(machine)?;
+        no_mapping_leaked(machine.device())?;
+        self.alone(|| begun.nothing_leaked_but_mappings())?;
+        lock(&self.state().summary).rests += 1;
+        Ok(())
+    }
+
+    /// Ends the guest; what it said last.
+    fn end(&self, mut machine: Machine) -> Result<Report, DemoError> {
+        demo::end(&mut machine)?;
+        Ok(machine.progress())
+    }
+
+    /// Compares what the process holds with what it held before, if no other guest comes or goes at the same time.
+    fn alone(&self, compare: impl FnOnce() -> Result<(), LeakError>) -> Result<(), DemoError> {
+        match self.shared.options.vm_count {
+            1 => Ok(compare()?),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Slots there are, by who makes them, against slots there must be, by what is plugged.
+fn no_slot_leaked(machine: &Machine) -> Result<(), DemoError> {
+    let device = machine.device();
+    let geometry = device.geometry();
+    let per_slot = device.slot_size() / geometry.block_size();
+    let plugged = device.handle().plugged();
+    let needed: BTreeSet<u64> = plugged
+        .runs()
+        .flat_map(|run| run.first / per_slot..=(run.end() - 1) / per_slot)
+        .collect();
+    let counted = device.handle().status().slot_count;
+    let slots = (machine.slots().unwrap_or(counted), counted);
+    let needed = needed.len() as u64;
+    Ok(check("no-slot-leaked", slots == (needed, needed), || {
+        format!("{needed} slots have plugged blocks; (KVM's, the device's): {slots:?}")
+    })?)
+}
+
+/// Each run of plugged blocks is a mapping and so is what lies between two.
+fn no_mapping_leaked(device: &VirtioMem) -> Result<(), DemoError> {
+    let runs = device.handle().plugged().run_count();
+    let mappings = mappings_in(&region_of(device))?;
+    let most = 2 * runs as usize + 1;
+    Ok(check("no-mapping-leaked", mappings <= most, || {
+        format!("the region is {mappings} mappings with {runs} runs of plugged blocks")
+    })?)
+}
+
+/// Counts the blocks that come and go.
+#[derive(Debug)]
+pub(super) struct BlockCount {
+    block_size: u64,
+    plugged: AtomicU64,
+    unplugged: AtomicU64,
+}
+
+impl BlockCount {
+    fn new(block_size: u64) -> Self {
+        Self {
+            block_size,
+            plugged: AtomicU64::new(0),
+            unplugged: AtomicU64::new(0),
+        }
+    }
+
+    /// Blocks plugged and blocks unplugged so far.
+    pub(super) fn get(&self) -> (u64, u64) {
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        (load(&self.plugged), load(&self.unplugged))
+    }
+}
+
+impl PlugObserver for BlockCount {
+    fn limits(&self) -> MappingLimits {
+        MappingLimits::NONE
+    }
+
+    fn plugged(&self, run: &Run) -> io::Result<()> {
+        self.plugged
+            .fetch_add(run.len / self.block_size, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn unplugging(&self, run: &Run) -> io::Result<()> {
+        self.unplugged
+            .fetch_add(run.len / self.block_size, Ordering::Relaxed);
+        Ok(())
+    }
+}
