@@ -53,6 +53,7 @@ pub(crate) struct GuestParameters {
     pub(crate) seed: u64,
     pub(crate) worker_pages: u64,
     pub(crate) policy: Policy,
+    pub(crate) mixed_zones: bool,
 }
 
 /// Loads the image where it is linked.
@@ -92,6 +93,10 @@ pub(crate) fn write_boot_info(
         Strategy::Direct => 0,
     };
     let big_block = if force_bbm { driver::BIG_BLOCK } else { 0 };
+    let mixed_zones = match parameters.mixed_zones {
+        true => driver::MIXED_ZONES,
+        false => 0,
+    };
     let info = BootInfo {
         magic: BOOT_MAGIC,
         boot_memory_size: layout.boot_memory_size,
@@ -105,7 +110,7 @@ pub(crate) fn write_boot_info(
         vcpu_count: layout.vcpu_count as u64,
         seed: parameters.seed,
         worker_pages: parameters.worker_pages,
-        driver: linux | big_block,
+        driver: linux | big_block | mixed_zones,
         bbm_block_size,
     };
     memory.write_obj(RawBootInfo(info), GuestAddress(layout.boot_info))?;

@@ -18,6 +18,7 @@
 //! | what can be done to a device, whoever asks | [`control`] |
 //! | HTTP on a Unix socket, both ends | [`api`] |
 //! | what `vmem run` keeps alive | [`run`] |
+//! | what can be made to go wrong | [`faults`] |
 //! | what `vmem serve` does | [`serve`] |
 //! | what `vmem stress` does and checks | [`stress`] |
 //! | the page it leaves behind | [`report`] |
@@ -52,6 +53,7 @@ mod bus;
 pub mod control;
 pub mod demo;
 mod events;
+pub mod faults;
 mod gate;
 pub mod in_process;
 mod kick;
@@ -88,7 +90,7 @@ pub use size::{Size, parse_size};
 pub use transport::{InterruptCounts, InterruptLine, MmioTransport};
 pub use vcpu::ExitCounts;
 pub use vm::VmError;
-pub use vmem_guest::abi::{DriverState, Shortfall};
+pub use vmem_guest::abi::{DriverState, Shortfall, Workload};
 
 /// Memory the guest has from the start.
 pub type BootMemory = vm_memory::GuestMemoryMmap<()>;

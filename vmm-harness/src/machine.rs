@@ -5,16 +5,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use virtio_mem::{BuildError, Builder, Handle, KvmSlots, VirtioMem};
+use virtio_mem::{BuildError, Builder, Handle, KvmSlots, NoSlots, VirtioMem};
 use virtio_mem_driver::driver::Policy;
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{GuestAddress, GuestMemoryError};
-use vmem_guest::abi::{DriverState, command};
+use vmem_guest::abi::{DriverState, Workload, command};
 
 use crate::backend::{Backend, KvmError, kvm_module, open_kvm};
 use crate::boot::{self, BootError, GuestParameters};
 use crate::bus::Bus;
 use crate::events::{EventLoop, EventLoopError};
+use crate::faults::Faults;
 use crate::in_process::{self, InProcess, InProcessError};
 use crate::layout::{IMAGE_START, Layout, LayoutError};
 use crate::lifecycle::{Lifecycle, NotDone};
@@ -52,8 +53,13 @@ pub struct MachineConfig {
     pub seed: u64,
     /// Most pages one worker of the guest keeps allocated.
     pub worker_pages: u64,
-    /// Strategy and big blocks of the guest's driver. Added memory always goes to zone Movable.
+    /// What the workers do with their memory.
+    pub workload: Workload,
+    /// Strategy and big blocks of the guest's driver. Added memory goes to zone Movable, unless some of it cannot be
+    /// moved by its [`workload`](Self::workload): then some goes to a kernel zone.
     pub policy: Policy,
+    /// What goes wrong with its slots. With its memory, who makes the device sees to that.
+    pub faults: Faults,
     /// The program, a static ELF file linked to [`IMAGE_START`]. Used on KVM only: in this process the guest
     /// program is part of it.
     pub image: &'static [u8],
@@ -67,7 +73,9 @@ impl Default for MachineConfig {
             guest: GuestKind::Auto,
             seed: 0,
             worker_pages: 1024,
+            workload: Workload::Alloc,
             policy: Policy::default(),
+            faults: Faults::default(),
             image: GUEST_IMAGE,
         }
     }
@@ -186,7 +194,7 @@ impl Machine {
                 let vm = Vm::new(kvm, Arc::clone(&memory))?;
                 let slots =
                     RevocableSlots::new(KvmSlots::new(Arc::clone(vm.fd()), FIRST_FREE_SLOT));
-                let device = device.slots(slots.clone()).build()?;
+                let device = device.slots(config.faults.slots(slots.clone())).build()?;
                 let parts = Parts::new(config, memory, device, loaded.end)?;
                 boot::build_page_tables(&parts.memory, &parts.layout)?;
                 boot::write_boot_info(&parts.memory, &parts.layout, parts.parameters)?;
@@ -201,7 +209,8 @@ impl Machine {
                 Ok(parts.into_machine(backend, RunningGuest::Kvm(running, slots)))
             }
             None => {
-                let parts = Parts::new(config, memory, device.build()?, IMAGE_START)?;
+                let device = device.slots(config.faults.slots(NoSlots)).build()?;
+                let parts = Parts::new(config, memory, device, IMAGE_START)?;
                 let info = boot::write_boot_info(&parts.memory, &parts.layout, parts.parameters)?;
                 let guest = in_process::Parts {
                     info,
@@ -317,6 +326,22 @@ impl Machine {
         }
     }
 
+    /// Keeps `vcpu` from running guest code until [`release`](Self::release); `false` in this process, where that cannot
+    /// be done.
+    pub fn hold(&self, vcpu: usize) -> bool {
+        match &self.guest {
+            RunningGuest::Kvm(vm, _) => vm.hold(vcpu),
+            RunningGuest::InProcess(_) => false,
+        }
+    }
+
+    /// Ends [`hold`](Self::hold).
+    pub fn release(&self, vcpu: usize) {
+        if let RunningGuest::Kvm(vm, _) = &self.guest {
+            vm.release(vcpu);
+        }
+    }
+
     /// Tells the guest to touch guest-physical `address`, whether that is plugged or not.
     pub fn rogue(&self, address: u64) {
         self.mailbox.rogue_address.store(address, Ordering::Release);
@@ -407,6 +432,8 @@ impl Parts {
         let geometry = device.geometry();
         let layout = Layout::new(config.boot_memory, image_end, &geometry, config.vcpu_count)?;
         let mailbox = SharedMailbox::new(&memory, &layout)?;
+        let workload = config.workload as u32;
+        mailbox.workload.store(workload, Ordering::Relaxed);
         let port = Arc::new(Port::new(mailbox.clone()));
         let interrupt = InterruptLine::new({
             let port = Arc::clone(&port);
@@ -428,6 +455,7 @@ impl Parts {
                 seed: config.seed,
                 worker_pages: config.worker_pages,
                 policy: config.policy,
+                mixed_zones: config.workload != Workload::Alloc,
             },
             mailbox,
             bus: Arc::new(bus),

@@ -20,6 +20,7 @@ pub use table::size;
 
 use self::options::Plan;
 use self::residency::unplugged_resident;
+use crate::faults::Faults;
 use crate::{
     InterruptCounts, Machine, Outcome, Report, ReportError, Shortfall, StartError, UnpluggedAccess,
 };
@@ -204,7 +205,7 @@ pub struct Rogue {
 pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoError> {
     let plan = Plan::new(options)?;
     check_pool(options, &plan)?;
-    let (config, device) = options.machine_for(&plan)?;
+    let (config, device) = options.machine_for(&plan, Faults::default())?;
     let mut machine = Machine::start(&config, device)?;
     let handle = machine.handle();
     let booted = machine

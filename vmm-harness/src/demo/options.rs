@@ -10,8 +10,9 @@ use vm_memory::GuestAddress;
 
 use super::DemoError;
 use super::table::size;
+use crate::faults::Faults;
 use crate::layout::{LARGE_PAGE, REGION_START};
-use crate::{GUEST_IMAGE, GuestKind, MachineConfig};
+use crate::{GUEST_IMAGE, GuestKind, MachineConfig, Workload};
 
 /// Sizes to ask for, if none are named; rounded up to what the driver can do.
 const TARGETS: [u64; 5] = [1 << 30, 130 << 20, 2 << 30, 6 << 20, 0];
@@ -43,6 +44,8 @@ pub struct DemoOptions {
     pub pages_per_step: u64,
     /// Most pages one worker of the guest holds; the default is 256 MiB of them.
     pub worker_pages: u64,
+    /// What the workers of the guest do with their memory.
+    pub workload: Workload,
     /// Number of vCPUs.
     pub vcpu_count: usize,
     /// Where the guest runs.
@@ -69,6 +72,7 @@ impl Default for DemoOptions {
             targets: None,
             pages_per_step: 200_000,
             worker_pages: 65_536,
+            workload: Workload::Alloc,
             vcpu_count: 2,
             guest: GuestKind::Auto,
             seed: 0,
@@ -95,15 +99,19 @@ impl DemoOptions {
 
     /// The guest and its device.
     pub(crate) fn machine(&self) -> Result<(MachineConfig, Builder), DemoError> {
-        self.machine_for(&Plan::new(self)?)
+        self.machine_for(&Plan::new(self)?, Faults::default())
     }
 
-    /// As [`machine`](Self::machine), for who has a plan.
-    pub(crate) fn machine_for(&self, plan: &Plan) -> Result<(MachineConfig, Builder), DemoError> {
+    /// As [`machine`](Self::machine), for who has a plan, or wants something to go wrong.
+    pub(crate) fn machine_for(
+        &self,
+        plan: &Plan,
+        faults: Faults,
+    ) -> Result<(MachineConfig, Builder), DemoError> {
         let backing = self.backing.map(self.region);
         let backing = backing.map_err(|error| DemoError::Backing(size(self.region), error))?;
-        let mut device =
-            VirtioMem::builder(GuestAddress(REGION_START), backing).block_size(self.block_size);
+        let mut device = VirtioMem::builder(GuestAddress(REGION_START), faults.backing(backing))
+            .block_size(self.block_size);
         if let Some(slot_size) = self.slot_size {
             device = device.slot_size(slot_size);
         }
@@ -116,7 +124,9 @@ impl DemoOptions {
             guest: self.guest,
             seed: self.seed,
             worker_pages: self.worker_pages,
+            workload: self.workload,
             policy: plan.policy,
+            faults,
             ..MachineConfig::default()
         };
         Ok((config, device))

@@ -1,16 +1,41 @@
 //! What a stress run leaves behind to be looked at: a page with plots, and the data behind it.
 
+mod host;
+
+use std::fs::File;
+use std::io::{self, BufWriter};
+use std::path::Path;
+
 use serde::Serialize;
+
+use crate::stress::{self, Pattern, StressOptions, Summary};
 
 /// Everything recorded about a run. `report.json` is this.
 #[derive(Clone, Debug, Serialize)]
 pub struct Recording {
     /// What ran.
     pub run: Run,
-    /// What it came to.
-    pub summary: crate::stress::Summary,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What failed first, and where.
+    pub failure: Option<String>,
+    /// What was done.
+    pub summary: Summary,
     /// Each guest over time.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub vms: Vec<Vm>,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// Every check held until the end.
+    Passed,
+    /// A check failed, or something could not be done.
+    Failed,
+    /// Ended early by a signal; every check held until then.
+    Interrupted,
 }
 
 /// What ran, and where.
@@ -18,6 +43,8 @@ pub struct Recording {
 pub struct Run {
     /// The line that repeats it.
     pub command: String,
+    /// How the target moves.
+    pub pattern: Pattern,
     /// Seed of everything chosen at random.
     pub seed: u64,
     /// Version of `vmem`.
@@ -76,4 +103,53 @@ pub struct Map {
     /// From the region's start, one digit for each equal share of the region: how many ninths of its blocks are plugged,
     /// 0 only for none and 9 only for all.
     pub shares: String,
+}
+
+impl Recording {
+    /// What there is to say about `run`, which was made by `command` and has begun at `began`.
+    #[must_use]
+    pub fn new(options: &StressOptions, run: stress::Run, command: String, began: String) -> Self {
+        let guest = &options.guest;
+        let mut failure: Option<String> = None;
+        if let Some(failed) = &run.failure {
+            let text =
+                std::iter::successors(Some(failed as &dyn std::error::Error), |e| e.source())
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>();
+            failure = Some(text.join(": "));
+        }
+        Self {
+            run: Run {
+                command,
+                pattern: options.pattern,
+                seed: guest.seed,
+                version: env!("CARGO_PKG_VERSION"),
+                backend: run.backend,
+                machine: host::describe(),
+                began,
+                region_size: guest.region,
+                block_size: guest.block_size,
+                budget: options.budget.unwrap_or(0),
+            },
+            outcome: match (&run.failure, run.interrupted) {
+                (Some(_), _) => Outcome::Failed,
+                (None, true) => Outcome::Interrupted,
+                (None, false) => Outcome::Passed,
+            },
+            failure,
+            summary: run.summary,
+            vms: run.vms,
+        }
+    }
+}
+
+/// Writes `index.html`, `report.json` and `samples.csv` into `dir`, which exists.
+///
+/// # Errors
+///
+/// If a file cannot be written.
+pub fn write(dir: &Path, recording: &Recording) -> io::Result<()> {
+    let json = BufWriter::new(File::create(dir.join("report.json"))?);
+    serde_json::to_writer(json, recording)?;
+    Ok(())
 }

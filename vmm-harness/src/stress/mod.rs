@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | operator | resizes by a pattern, waits for the guest to settle where the pattern says so, and checks everything then | `operator.rs`, `pattern.rs` |
 //! | observer | samples, and checks what must hold at any time | `observer.rs`, `watch.rs` |
+//! | injector | makes things go wrong, if asked to | `injector.rs`, [`faults`](crate::faults) |
 //!
 //! A guest lives for some hundred resizes and is then ended, all its pages verified; what the process holds then is
 //! compared with what it held before.
@@ -13,7 +14,9 @@
 //! All the host chooses follows from the seed. What does not: the timing of threads, and with it where a resize is when
 //! the next one comes, and which pages a worker of the guest has when blocks go.
 
+mod budget;
 mod census;
+mod injector;
 mod observer;
 mod operator;
 mod pattern;
@@ -24,23 +27,25 @@ mod watch;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use thiserror::Error;
 
+pub use self::injector::Fault;
 pub use self::pattern::Pattern;
 pub use self::summary::{FaultCount, Latency, Summary};
 
+use self::budget::Budget;
 use self::census::Census;
 use self::operator::Operator;
 use self::record::Recorder;
 use self::stop::Stop;
 use crate::demo::options::Plan;
 use crate::demo::{DemoError, DemoOptions};
-use crate::report;
+use crate::{report, signals};
 
 /// How often whoever waits for a run hears of it.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -61,6 +66,12 @@ pub struct StressOptions {
     pub guest: DemoOptions,
     /// How the target moves.
     pub pattern: Pattern,
+    /// Whether each life of a guest ends with an access to memory that is not plugged.
+    pub rogue: bool,
+    /// What goes wrong now and then.
+    pub faults: Vec<Fault>,
+    /// Bytes all guests together may have requested or plugged; by default what they can have.
+    pub budget: Option<u64>,
     /// When it is enough.
     pub limit: Limit,
     /// How many guests there are at a time.
@@ -125,6 +136,7 @@ struct Shared<'a> {
     stop: Stop,
     failure: Mutex<Option<Failure>>,
     vms: Vec<VmState>,
+    budget: Budget,
     backend: Mutex<String>,
     /// What the process held before the first guest.
     census: Census,
@@ -176,6 +188,18 @@ impl Shared<'_> {
     }
 }
 
+/// What SIGINT and SIGTERM set from now on, for [`run`]. Once in a process.
+///
+/// # Errors
+///
+/// If the host has no thread or descriptor left.
+pub fn interrupted_by_signals() -> io::Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let set = Arc::clone(&interrupted);
+    signals::on_termination(move || set.store(true, Ordering::Relaxed))?;
+    Ok(interrupted)
+}
+
 /// Runs until the limit is reached, the first check fails or `interrupted` is set; tells `progress` now and then.
 ///
 /// # Errors
@@ -188,6 +212,11 @@ pub fn run(
 ) -> Result<Run, DemoError> {
     let plan = Plan::new(&options.guest)?;
     options.guest.check()?;
+    if options.vm_count == 0 {
+        return Err(DemoError::Options("no guest is to run".into()));
+    }
+    let capacity = plan.capacity().saturating_mul(options.vm_count as u64);
+    let budget = Budget::new(options.vm_count, options.budget.unwrap_or(capacity));
     let state = || VmState {
         recorder: Mutex::new(Recorder::new()),
         summary: Mutex::default(),
@@ -202,6 +231,7 @@ pub fn run(
         stop: Stop::default(),
         failure: Mutex::default(),
         vms: (0..options.vm_count).map(|_| state()).collect(),
+        budget,
         backend: Mutex::default(),
         census: Census::take()?,
     };

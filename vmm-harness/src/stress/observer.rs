@@ -55,6 +55,8 @@ impl Observer<'_> {
         check("device-has-not-failed", failure.is_none(), || {
             format!("{failure:?}")
         })?;
+        let plugged = || handle.status().plugged_size;
+        self.shared.budget.check(self.vm, plugged)?;
         watch.observe(Instant::now(), &status, &counters, &report)?;
         self.record(&handle, &report, resident);
         Ok(())

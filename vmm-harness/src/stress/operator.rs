@@ -11,16 +11,21 @@ use virtio_mem::{MappingLimits, PlugObserver, Run, VirtioMem};
 use vmem_guest::abi::DriverState;
 
 use super::census::{Census, LeakError, mappings_in, region_of};
+use super::injector::Injector;
 use super::observer::Observer;
 use super::pattern::{Move, Moves, Then};
 use super::stop::Stop;
 use super::{Failure, Shared, VmState, lock};
 use crate::demo::checks::{self, Expected, check};
 use crate::demo::{self, DemoError};
+use crate::faults::Faults;
 use crate::{Machine, Report, ReportError};
 
 /// Resizes a guest lives for.
 const LIFE: u64 = 500;
+
+/// Most resizes a guest lives for that ends with an access to memory that is not plugged.
+const ROGUE_LIFE: u64 = 20;
 
 /// How long a guest may take for a report before it is asked whether the run is over.
 const REPORT_INTERVAL: Duration = Duration::from_millis(250);
@@ -31,6 +36,7 @@ pub(super) struct Operator<'a> {
     shared: &'a Shared<'a>,
     vm: usize,
     moves: Moves,
+    random: fastrand::Rng,
     /// Of this guest, in all its lives.
     resizes: u64,
     target: u64,
@@ -50,6 +56,7 @@ impl<'a> Operator<'a> {
                 plan.sizes.granule_size,
                 plan.capacity(),
             ),
+            random: fastrand::Rng::with_seed(!seed),
             resizes: 0,
             target: 0,
         }
@@ -80,11 +87,17 @@ impl<'a> Operator<'a> {
         let lives = lock(&self.state().summary).lives;
         let mut options = shared.options.guest.clone();
         options.seed = options.seed.wrapping_add(lives << 8 | self.vm as u64);
-        let (config, device) = options.machine_for(&shared.plan)?;
+        let faults = match shared.options.faults.is_empty() {
+            true => Faults::default(),
+            false => Faults::new(),
+        };
+        let (config, device) = options.machine_for(&shared.plan, faults.clone())?;
         let machine = Machine::start(&config, device)?;
         *lock(&shared.backend) = machine.backend().to_string();
         self.target = 0;
         checks::driver(&shared.plan, &self.settle(&machine, 0)?)?;
+        let kinds = &shared.options.faults;
+        let injector = Injector::new(kinds, options.seed, faults, options.vcpu_count);
         let blocks = Arc::new(BlockCount::new(machine.device().geometry().block_size()));
         let observed = machine.handle().add_observer(Arc::clone(&blocks));
         observed.map_err(io::Error::other)?;
@@ -108,24 +121,40 @@ impl<'a> Operator<'a> {
                     }
                     looked
                 })?;
-            let operated = self.operate(&machine);
+            let injecting = thread::Builder::new()
+                .name(format!("vmem-injector{}", self.vm))
+                .spawn_scoped(scope, || {
+                    let injected = injector.run(&machine, &over);
+                    if injected.is_err() {
+                        shared.stop.raise();
+                    }
+                    injected
+                })
+                .inspect_err(|_| over.raise())?;
+            let operated = self.operate(&machine, &injector);
             over.raise();
-            let observed = observing.join().unwrap_or_else(|_| {
-                Err(io::Error::other("the observer's thread has panicked").into())
-            });
-            // What the observer has found made the operator stop.
+            let injected = injecting.join().unwrap_or_else(|_| panicked("injector"));
+            let observed = observing.join().unwrap_or_else(|_| panicked("observer"));
+            // What these have found made the operator stop.
+            injected?;
             let observations = observed?;
             operated.map(|()| observations)
         })?;
         let handle = machine.handle();
         let device = machine.device().clone();
         let last = self.end(machine)?;
+        if shared.stop.is_raised() {
+            return Ok(());
+        }
         let (plugged, unplugged) = blocks.get();
         let mut summary = lock(&self.state().summary);
         summary.observations += observations;
         summary.blocks_plugged += plugged;
         summary.blocks_unplugged += unplugged;
         summary.add_life(&last, &handle.latencies());
+        for (fault, count) in injector.counts() {
+            summary.add_fault(fault.name(), count);
+        }
         let mut live = lock(&self.state().live);
         live.blocks_plugged = summary.blocks_plugged;
         live.blocks_unplugged = summary.blocks_unplugged;
@@ -135,9 +164,9 @@ impl<'a> Operator<'a> {
     }
 
     /// Resizes until the life is over or it is enough, and comes to rest without memory.
-    fn operate(&mut self, machine: &Machine) -> Result<(), DemoError> {
+    fn operate(&mut self, machine: &Machine, injector: &Injector) -> Result<(), DemoError> {
         let begun = Census::take()?;
-        for _ in 0..LIFE {
+        for _ in 0..self.life_len() {
             if !self.shared.next_resize() {
                 break;
             }
@@ -146,7 +175,7 @@ impl<'a> Operator<'a> {
             };
             self.resize(machine, target)?;
             match then {
-                Then::Rest => self.rest(machine, begun)?,
+                Then::Rest => self.rest(machine, injector, begun)?,
                 Then::Leave(after) => {
                     self.shared.stop.wait(after);
                 }
@@ -155,11 +184,18 @@ impl<'a> Operator<'a> {
         if self.shared.stop.is_raised() {
             return Ok(());
         }
-        self.resize(machine, 0)?;
-        self.rest(machine, begun)
+        // A rogue guest needs something to reach for.
+        let last = match self.shared.options.rogue {
+            true => self.target / 2 / self.granule_size() * self.granule_size(),
+            false => 0,
+        };
+        self.resize(machine, last)?;
+        self.rest(machine, injector, begun)
     }
 
     fn resize(&mut self, machine: &Machine, target: u64) -> Result<(), DemoError> {
+        let granule_size = self.granule_size();
+        let target = self.shared.budget.grant(self.vm, target, granule_size);
         self.resizes += 1;
         self.target = target;
         self.shared.resizes.fetch_add(1, Ordering::Relaxed);
@@ -167,6 +203,9 @@ impl<'a> Operator<'a> {
         lock(&self.state().summary).resizes += 1;
         let asked = machine.handle().resize(target);
         asked.map_err(|error| DemoError::Options(error.to_string()))?;
+        // From now on the device lets nothing be plugged beyond the target.
+        let plugged = machine.handle().status().plugged_size;
+        self.shared.budget.settle(self.vm, target.max(plugged));
         Ok(())
     }
 
@@ -203,13 +242,17 @@ impl<'a> Operator<'a> {
     }
 
     /// Waits for the guest and checks everything.
-    fn rest(&self, machine: &Machine, begun: Census) -> Result<(), DemoError> {
+    fn rest(&self, machine: &Machine, injector: &Injector, begun: Census) -> Result<(), DemoError> {
+        self.settle(machine, self.target)?;
+        let _quiet = injector.quiet();
+        // What went wrong just now may have led to something.
         let report = self.settle(machine, self.target)?;
+        self.shared.budget.settle(self.vm, self.target);
         let expected = Expected {
             plan: &self.shared.plan,
             target: self.target,
             plugged: self.target,
-            host_failures: 0,
+            host_failures: injector.struck(),
         };
         // Whatever was plugged: what is not now has gone back to the host.
         checks::step(machine.device(), &expected, u64::MAX, &report)?;
@@ -222,8 +265,31 @@ impl<'a> Operator<'a> {
 
     /// Ends the guest; what it said last.
     fn end(&self, mut machine: Machine) -> Result<Report, DemoError> {
+        if self.shared.stop.is_raised() {
+            // Something is wrong already, and not to be covered by what follows from it.
+            return Ok(machine.progress());
+        }
+        if self.shared.options.rogue {
+            let handle = machine.handle();
+            let last = machine.progress();
+            demo::go_rogue(machine, &handle)?;
+            lock(&self.state().summary).rogues += 1;
+            self.shared.budget.settle(self.vm, 0);
+            return Ok(last);
+        }
         demo::end(&mut machine)?;
         Ok(machine.progress())
+    }
+
+    fn granule_size(&self) -> u64 {
+        self.shared.plan.sizes.granule_size
+    }
+
+    fn life_len(&mut self) -> u64 {
+        match self.shared.options.rogue {
+            true => self.random.u64(1..=ROGUE_LIFE),
+            false => LIFE,
+        }
     }
 
     /// Compares what the process holds with what it held before, if no other guest comes or goes at the same time.
@@ -233,6 +299,10 @@ impl<'a> Operator<'a> {
             _ => Ok(()),
         }
     }
+}
+
+fn panicked<T>(thread: &str) -> Result<T, DemoError> {
+    Err(io::Error::other(format!("the {thread}'s thread has panicked")).into())
 }
 
 /// Slots there are, by who makes them, against slots there must be, by what is plugged.
