@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 /// What the image is made from, relative to this crate.
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 8] = [
     "../resources/guest-image/src",
     "../resources/guest-image/Cargo.toml",
     "../resources/guest-image/Cargo.lock",
-    "../resources/guest-image/linker.ld",
+    "../resources/guest-image/harness.ld",
+    "../resources/guest-image/qemu.ld",
     "../guest-driver",
     "../device/wire",
     "guest",
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
     for (name, file) in [
         ("VMEM_GUEST_IMAGE", "vmem-guest"),
         ("VMEM_PROBE_IMAGE", "probe"),
+        ("VMEM_QEMU_GUEST_IMAGE", "qemu-guest"),
     ] {
         println!(
             "cargo:rustc-env={name}={}",

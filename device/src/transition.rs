@@ -140,7 +140,7 @@ impl Device {
         runs: &[BlockRange],
     ) -> io::Result<()> {
         for run in runs {
-            self.backing.open(self.bytes_of(*run))?;
+            self.backing.reopen(self.bytes_of(*run))?;
         }
         for run in without_slots {
             core.slots.add(*run).map_err(|error| error.source)?;

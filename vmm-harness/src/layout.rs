@@ -22,7 +22,7 @@ use vmem_guest::abi::{MAX_VCPUS, Mailbox};
 pub const PAGE: u64 = 0x1000;
 /// Bytes the guest's page tables map with one entry. (1 GiB pages are not offered everywhere.)
 pub const LARGE_PAGE: u64 = 2 << 20;
-/// Where the guest image is linked to (`resources/guest-image/linker.ld`).
+/// Where the guest image is linked to (`resources/guest-image/harness.ld`).
 pub const IMAGE_START: u64 = LARGE_PAGE;
 /// The virtio-mmio registers of the device, one page.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;

@@ -2,10 +2,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::thread;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -222,6 +223,10 @@ fn command_lines_that_make_no_sense_are_usage_errors() {
             "x",
         ],
         &["resize", "/nowhere.sock", "1G", "--wait"],
+        &["resize", "1G", "2G", "--api-sock", "x"],
+        // No socket without a slash, and no size either.
+        &["resize", "1GX", "--api-sock", "x"],
+        &["resize", "linux.sock", "1G"],
         &["completions", "tcsh"],
     ] {
         assert_eq!(output(args).0, 2, "{args:?}");
@@ -230,6 +235,50 @@ fn command_lines_that_make_no_sense_are_usage_errors() {
         output(&["resize", "1G", "--api-sock", "/nowhere.sock"]).0,
         1
     );
+}
+
+/// Which of the two a word is, it says itself: what is connected to is what the error names.
+#[test]
+fn resize_is_of_the_api_or_of_a_socket_with_a_slash() {
+    let (code, _, stderr) = output(&["resize", "./linux.sock", "1G", "--api-sock", "api.sock"]);
+    assert_eq!(code, 1);
+    assert!(stderr.contains("./linux.sock"), "{stderr}");
+    let (code, _, stderr) = output(&["resize", "1G", "--api-sock", "./api.sock"]);
+    assert_eq!(code, 1);
+    assert!(stderr.contains("./api.sock: nobody serves"), "{stderr}");
+    let (_, _, stderr) = output(&["resize", "linux.sock"]);
+    assert!(stderr.contains("has a slash: ./linux.sock"), "{stderr}");
+
+    // A prompt of `vmem linux`, as far as it is spoken to.
+    let (_folder, socket) = folder();
+    let prompt = UnixListener::bind(&socket).unwrap();
+    let heard = thread::spawn(move || {
+        let mut lines = Vec::new();
+        for _ in 0..2 {
+            let (stream, _) = prompt.accept().unwrap();
+            let mut stream = BufReader::new(stream);
+            let mut line = String::new();
+            stream.read_line(&mut line).unwrap();
+            let sizes = r#"{"requested_size":1073741824,"plugged_size":2097152,"resident_size":0,"frozen":false}"#;
+            writeln!(stream.get_mut(), "{sizes}").unwrap();
+            lines.push(line);
+        }
+        lines
+    });
+    let socket = socket.to_str().unwrap();
+    for args in [&["resize", socket, "1G"][..], &["resize", socket]] {
+        let said = "requested 1 GiB, plugged 2 MiB\n".to_owned();
+        assert_eq!(output(args), (0, said, String::new()));
+    }
+    assert_eq!(heard.join().unwrap(), ["resize 1073741824\n", "status\n"]);
+
+    let (_, help, _) = output(&["resize", "--help"]);
+    for usage in [
+        "vmem resize [OPTIONS] <SIZE>\n",
+        "vmem resize <SOCKET> [SIZE]\n",
+    ] {
+        assert!(help.contains(usage), "{help}");
+    }
 }
 
 #[test]

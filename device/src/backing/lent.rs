@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::fs::FallocateFlags;
 
 use super::Backing;
-use super::mapping::{HUGE_PAGE_SIZE, Mapping};
+use super::mapping::{HUGE_PAGE_SIZE, Mapping, file_page_size};
 
 /// A region whose memory is that of files somebody else has made, and may take away again. Clones are the same
 /// region: one is for the device, another for whoever hears from the lender.
@@ -60,6 +60,15 @@ impl LentFiles {
         })))
     }
 
+    /// Bytes in a page of `file`: what is lent of it is made of whole ones.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the host says.
+    pub fn page_size_of(file: &File) -> io::Result<u64> {
+        file_page_size(file.as_fd())
+    }
+
     /// From now on the memory of `range`, bytes of the region, is that of `file` from `offset` on.
     ///
     /// Whoever could make the file shorter could end this process by it (SIGBUS): a lender that is not trusted
@@ -67,7 +76,7 @@ impl LentFiles {
     ///
     /// # Errors
     ///
-    /// If the range is not whole pages of the region, is lent in part already, or lies beyond the file's end, or if the
+    /// If the range is not whole pages of the file, is lent in part already, or lies beyond the file's end, or if the
     /// file cannot be mapped shared and writable. Nothing has changed then.
     pub fn lend(&self, range: Range<u64>, file: File, offset: u64) -> io::Result<()> {
         let mut pieces = self.pieces();
@@ -99,11 +108,13 @@ impl LentFiles {
     /// The pieces that lie in `range` are lent no longer; nothing is left of them in this process. Their contents are
     /// the lender's.
     ///
-    /// Nobody may be using them. Blocks of theirs stay plugged, and stay so until they are unplugged.
+    /// Blocks of theirs stay plugged, and stay so until they are unplugged; whoever reads or writes them still finds zeroes
+    /// of this process's own, and loses what it writes.
     ///
     /// # Errors
     ///
-    /// If a piece lies in `range` only in part. Nothing has changed then.
+    /// If a piece lies in `range` only in part; nothing has changed then. Or if the host refuses; then some of them are
+    /// still lent.
     pub fn take_back(&self, range: Range<u64>) -> io::Result<()> {
         let mut pieces = self.pieces();
         let inside =
@@ -114,8 +125,11 @@ impl LentFiles {
         {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        for piece in pieces.extract_if(.., |piece| inside(piece)) {
-            self.0.mapping.replace(piece.range)?;
+        while let Some(index) = pieces.iter().position(inside) {
+            let range = pieces[index].range.clone();
+            self.0.mapping.replace(range.clone())?;
+            pieces.remove(index);
+            self.0.mapping.protect(range, true)?;
         }
         Ok(())
     }
@@ -174,6 +188,11 @@ unsafe impl Backing for LentFiles {
         }
     }
 
+    /// It was never closed, whatever has been taken back meanwhile.
+    fn reopen(&self, range: Range<u64>) -> io::Result<()> {
+        self.0.mapping.check(&range)
+    }
+
     fn close(&self, range: Range<u64>) -> io::Result<()> {
         self.0.mapping.check(&range)
     }
@@ -195,12 +214,18 @@ unsafe impl Backing for LentFiles {
         Ok(())
     }
 
-    /// What of the files is in memory, or, on disk files, in the page cache; not what was swapped out.
+    /// What of the files is in memory, or, on disk files, in the page cache; not what was swapped out, and of files of huge
+    /// pages not what only others have touched.
     fn resident_bytes(&self) -> io::Result<u64> {
-        let pieces = self.pieces();
-        let sizes = pieces
+        // Not under the lock: it takes a while, and a range that is taken back meanwhile is still mapped.
+        let ranges: Vec<_> = self
+            .pieces()
             .iter()
-            .map(|piece| self.0.mapping.resident_bytes_in(piece.range.clone()));
+            .map(|piece| piece.range.clone())
+            .collect();
+        let sizes = ranges
+            .into_iter()
+            .map(|range| self.0.mapping.resident_bytes_in(range));
         sizes.sum()
     }
 }

@@ -134,6 +134,10 @@ impl Mapping {
     }
 
     /// Maps `file` from `offset` over `range`, closed. `shared` or private.
+    ///
+    /// # Errors
+    ///
+    /// If the range or the offset is not made of whole pages of the file, which may be huge ones; or what the host says.
     pub(super) fn map_file(
         &self,
         range: Range<u64>,
@@ -144,6 +148,16 @@ impl Mapping {
         let (start, len) = self.slice(range)?;
         if len == 0 {
             return Ok(());
+        }
+        // The kernel would round a range of huge pages up, over whatever lies behind it.
+        let page_size = file_page_size(file)?;
+        let whole = |value: u64| value.is_multiple_of(page_size);
+        if ![start.addr() as u64, len as u64, offset]
+            .into_iter()
+            .all(whole)
+        {
+            let error = "not made of whole pages of the file";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, error));
         }
         let sharing = match shared {
             true => MapFlags::SHARED,
@@ -238,6 +252,18 @@ impl Drop for Mapping {
             }
         }
     }
+}
+
+/// Bytes in a page of `file`: more than a page of the host's where it is on hugetlbfs.
+pub(super) fn file_page_size(file: BorrowedFd<'_>) -> io::Result<u64> {
+    /// Linux: `HUGETLBFS_MAGIC`.
+    const HUGETLBFS: u32 = 0x9584_58f6;
+    let system = rustix::fs::fstatfs(file)?;
+    // Its width depends on the architecture; the number has 32 bits.
+    Ok(match u32::try_from(system.f_type) == Ok(HUGETLBFS) {
+        true => u64::try_from(system.f_bsize).map_err(io::Error::other)?,
+        false => rustix::param::page_size() as u64,
+    })
 }
 
 #[cfg(test)]

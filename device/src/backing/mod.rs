@@ -79,6 +79,16 @@ pub unsafe trait Backing: Debug + Send + Sync {
     /// Whatever the host says; the range is then closed still.
     fn open(&self, range: Range<u64>) -> io::Result<()>;
 
+    /// Opens again what was [closed](Self::close) and not discarded, because it cannot go after all. Should not fail: a
+    /// device whose blocks are plugged and closed is of no use any more.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the host says; the range is then closed still.
+    fn reopen(&self, range: Range<u64>) -> io::Result<()> {
+        self.open(range)
+    }
+
     /// Closes a range. Parts of it may be closed already. The contents stay until
     /// [`discard`](Self::discard), so that [`open`](Self::open) can undo this.
     ///
@@ -131,6 +141,10 @@ unsafe impl<B: Backing + ?Sized> Backing for Box<B> {
 
     fn open(&self, range: Range<u64>) -> io::Result<()> {
         (**self).open(range)
+    }
+
+    fn reopen(&self, range: Range<u64>) -> io::Result<()> {
+        (**self).reopen(range)
     }
 
     fn close(&self, range: Range<u64>) -> io::Result<()> {

@@ -8,19 +8,21 @@ use core::alloc::Layout;
 use core::ptr::NonNull;
 
 use linked_list_allocator::LockedHeap;
-use vmem_guest::abi::BootInfo;
 
-use crate::registers;
+use crate::identity::address;
 
 #[global_allocator]
 static HEAP: LockedHeap = LockedHeap::empty();
 
-/// Gives the heap its memory. Called once, by vCPU 0, before anything allocates.
-pub(crate) fn init(boot: &BootInfo) {
-    let start = core::ptr::with_exposed_provenance_mut(registers::address(boot.heap_start));
-    // SAFETY: the host has set this memory aside for the heap and for nothing else, and `start::enter` calls
-    // this once.
-    unsafe { HEAP.lock().init(start, registers::address(boot.heap_size)) };
+/// Gives the heap its memory.
+///
+/// # Safety
+///
+/// The `size` bytes at `start` are mapped there, and nobody else uses them. Nothing has been allocated yet.
+pub unsafe fn init(start: u64, size: u64) {
+    let start = core::ptr::with_exposed_provenance_mut(address(start));
+    // SAFETY: the caller's promise.
+    unsafe { HEAP.lock().init(start, address(size)) };
 }
 
 /// `layout` bytes of zeroed memory; `None` if the heap is full.

@@ -1,15 +1,18 @@
-//! What a Rust program needs to run on a bare vCPU at ring 3.
+//! What a Rust program needs to run on a bare vCPU.
 //!
-//! [`start`] takes over from the host and enters the program, [`memory`] stands in for the C library's
-//! memory functions, [`heap`] is the allocator, [`mod@panic`] tells the host about a panic, [`registers`] are the
-//! harness's port registers and the clock. A program names its entry with [`guest_main!`].
+//! Every program: [`memory`] stands in for the C library's memory functions, [`heap`] is the allocator, [`identity`] is
+//! memory mapped one to one.
 //!
-//! There are no interrupts, no exceptions (a fault ends the machine, the harness reports it) and no
-//! thread-local storage.
+//! Programs the harness boots, at ring 3: [`start`] takes over from the host, [`mod@panic`] tells the host about a
+//! panic, [`registers`] are its port registers and the clock, [`platform`] and [`forbidden`] are for the guest program;
+//! [`guest_main!`] puts them together.
+//!
+//! There are no interrupts, no exceptions (a fault ends the machine) and no thread-local storage.
 #![no_std]
 
 pub mod forbidden;
 pub mod heap;
+pub mod identity;
 pub mod memory;
 pub mod panic;
 pub mod platform;

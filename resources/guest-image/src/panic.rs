@@ -7,8 +7,8 @@ use vmem_guest::write_message;
 
 use crate::{registers, start};
 
-#[panic_handler]
-fn panic(info: &PanicInfo<'_>) -> ! {
+/// Says what has happened, and stops.
+pub fn report(info: &PanicInfo<'_>) -> ! {
     if let Some(boot) = start::boot_info() {
         write_message(start::mailbox(boot), info);
         registers::write(boot, port::PANIC, 1);

@@ -8,17 +8,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use vmem_guest::abi::{BootInfo, port};
 
-static TSC_KHZ: AtomicU64 = AtomicU64::new(1);
+use crate::identity::address;
 
-/// `address` as the pointer-sized number it is on this machine.
-#[must_use]
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "the image is built for x86-64 only, where usize has 64 bits"
-)]
-pub const fn address(address: u64) -> usize {
-    address as usize
-}
+static TSC_KHZ: AtomicU64 = AtomicU64::new(1);
 
 /// Reads the port register at `offset`.
 #[must_use]

@@ -20,4 +20,5 @@ mod worker;
 
 pub use guest::{BootError, Guest, Parameters};
 pub use message::write_message;
+pub use pattern::Pattern;
 pub use platform::Platform;

@@ -42,10 +42,12 @@ impl Random {
 /// For one seed, different workers or sequence numbers have different starts, because [`mix`] is a permutation;
 /// sequence numbers are below 2^56.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Pattern(u64);
+pub struct Pattern(u64);
 
 impl Pattern {
-    pub(crate) const fn new(seed: u64, worker: u64, sequence: u64) -> Self {
+    /// What page `sequence` of `worker` holds.
+    #[must_use]
+    pub const fn new(seed: u64, worker: u64, sequence: u64) -> Self {
         Self(mix(seed ^ mix(worker << 56 | sequence)))
     }
 
@@ -58,7 +60,7 @@ impl Pattern {
     /// # Safety
     ///
     /// `page` must be valid for writes of 4 KiB, aligned to 8 bytes, and nobody else may access it.
-    pub(crate) unsafe fn fill(self, page: NonNull<u8>) {
+    pub unsafe fn fill(self, page: NonNull<u8>) {
         let page = page.cast::<u64>();
         for index in 0..WORDS {
             // SAFETY: The word lies in the page.
@@ -73,7 +75,7 @@ impl Pattern {
     /// # Safety
     ///
     /// `page` must be valid for reads of 4 KiB, aligned to 8 bytes, and nobody may write it.
-    pub(crate) unsafe fn matches(self, page: NonNull<u8>) -> bool {
+    pub unsafe fn matches(self, page: NonNull<u8>) -> bool {
         let page = page.cast::<u64>();
         let mut difference = 0;
         for index in 0..WORDS {

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -13,9 +13,54 @@ use hyper::Method;
 use serde_json::{Value, json};
 use vmm_harness::api::client::request;
 use vmm_harness::demo::size as size_text;
+use vmm_harness::serve::control::Command;
 use vmm_harness::{linux, parse_size};
 
 use super::UsageError;
+
+pub(crate) const RESIZE_USAGE: &str = "\
+vmem resize [OPTIONS] <SIZE>
+       vmem resize <SOCKET> [SIZE]";
+
+pub(crate) const RESIZE_HELP: &str = "\
+A guest of vmem run is named by --api-sock. One of vmem linux is named by the socket its prompt has named, which is
+told from a size by its slash; without a size its sizes are printed. A deadline that passes ends the waiting only: the
+size stays requested.
+
+Examples:
+  vmem resize 2G --api-sock vm.sock
+  vmem resize 512M --api-sock vm.sock --wait --deadline 30s
+  vmem resize /tmp/vmem-linux.sock 1G
+
+Exit codes:
+  0  the size is requested; with --wait, it is there
+  1  it cannot be had, was superseded or cancelled, or nobody serves there; the error says which
+  2  the options are wrong
+  4  the deadline has passed; the error says what keeps the size from being there";
+
+pub(crate) const HELP: &str = "\
+Examples:
+  vmem status --api-sock vm.sock
+  VMEM_API_SOCK=vm.sock vmem status --json
+
+Exit codes:
+  0  done
+  1  refused, or nobody serves there; the error says which
+  2  the options are wrong";
+
+pub(crate) const SNAPSHOT_HELP: &str = "\
+The state is the device's: which blocks are plugged, which sizes and features its driver knows. Contents of memory and the
+guest itself are not in it; a guest that starts with a restored device finds blocks plugged from an earlier life.
+
+Examples:
+  vmem freeze --api-sock a.sock && vmem snapshot device.json --api-sock a.sock
+  vmem run --api-sock b.sock --no-start &
+  vmem restore device.json --api-sock b.sock
+
+Exit codes:
+  0  done
+  1  refused, or nobody serves there; the error says which
+  2  the options are wrong";
 
 /// The exit code for a deadline that has passed.
 const DEADLINE_PASSED: u8 = 4;
@@ -42,7 +87,7 @@ impl Api {
 
 #[derive(Args)]
 pub(crate) struct ResizeArgs {
-    /// The new size; or the socket the prompt of `vmem linux` has named
+    /// The new size; or the socket the prompt of vmem linux has named
     #[arg(value_name = "SIZE|SOCKET")]
     what: String,
     /// After a socket, the new size; without it, the state is printed
@@ -75,18 +120,33 @@ pub(crate) struct FileArgs {
     api: Api,
 }
 
-/// An argument that is a size is one: a socket of that name is `./1G`.
 pub(crate) fn resize(args: &ResizeArgs) -> anyhow::Result<ExitCode> {
+    let usage = |error: String| Err(UsageError(error).into());
+    if args.what.contains('/') {
+        return match args.wait {
+            true => usage("a guest of vmem linux is not waited for".into()),
+            false => resize_linux(args.what.as_ref(), args.size),
+        };
+    }
     match (parse_size(&args.what), args.size) {
         (Ok(size), None) => resize_running(args, size),
-        _ if args.wait => {
-            Err(UsageError("a guest of `vmem linux` is not waited for".into()).into())
-        }
-        (_, size) => {
-            println!("{}", linux::resize_at(args.what.as_ref(), size)?);
-            Ok(ExitCode::SUCCESS)
-        }
+        (Ok(_), Some(_)) => usage("one size at a time".into()),
+        (Err(_), _) => usage(format!(
+            "{0:?} is not a size; the socket of a vmem linux has a slash: ./{0}",
+            args.what
+        )),
     }
+}
+
+fn resize_linux(socket: &Path, size: Option<u64>) -> anyhow::Result<ExitCode> {
+    let command = size.map_or(Command::Status, Command::Resize);
+    let report = linux::execute_at(socket, command)?;
+    println!(
+        "requested {}, plugged {}",
+        size_text(report.requested_size),
+        size_text(report.plugged_size)
+    );
+    Ok(ExitCode::SUCCESS)
 }
 
 fn resize_running(args: &ResizeArgs, size: u64) -> anyhow::Result<ExitCode> {

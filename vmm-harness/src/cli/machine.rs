@@ -61,11 +61,20 @@ enum Guest {
 
 #[derive(Clone, Copy, Debug, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-enum Policy {
+pub(crate) enum Policy {
     /// The fewest requests, several in flight, retries after 10 ms or more
     Direct,
     /// Linux's order, one request at a time, retries after 50 s or more
     Linux,
+}
+
+impl From<Policy> for Strategy {
+    fn from(policy: Policy) -> Self {
+        match policy {
+            Policy::Direct => Self::Direct,
+            Policy::Linux => Self::Linux,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, ValueEnum)]
@@ -125,11 +134,7 @@ impl MachineArgs {
             block_size: size(self.block_size, default.block_size),
             slot_size: self.slot_size.map(|Size(bytes)| bytes),
             node_id: self.node,
-            strategy: match self.policy {
-                None => default.strategy,
-                Some(Policy::Direct) => Strategy::Direct,
-                Some(Policy::Linux) => Strategy::Linux,
-            },
+            strategy: self.policy.map_or(default.strategy, Strategy::from),
             mode: self.mode.map(|mode| match mode {
                 DriverMode::Sbm => Mode::SubBlock,
                 DriverMode::Bbm => Mode::BigBlock,

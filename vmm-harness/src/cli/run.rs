@@ -12,7 +12,23 @@ use vmm_harness::Size;
 use vmm_harness::demo::DemoOptions;
 use vmm_harness::run::{self, RunOptions};
 
-use super::{MachineArgs, UsageError};
+use super::UsageError;
+use super::machine::MachineArgs;
+
+pub(crate) const HELP: &str = "\
+A file has the same options by the same names, those of the guest in a table \"machine\"; an option on the command line
+wins. Sizes are bytes, or have a binary unit: 6M, 130MiB, 4G.
+
+Examples:
+  vmem run --api-sock vm.sock --size 1G
+  vmem run --config resources/run.toml --vcpus 4
+  vmem run --api-sock vm.sock --no-start
+  curl --unix-socket vm.sock http://localhost/hotplug/memory
+
+Exit codes:
+  0  told to end by SIGINT or SIGTERM, and the guest's memory was as it should
+  1  the socket is in use, the guest ended by itself or found wrong memory; the error says which
+  2  the options are wrong";
 
 #[derive(Args)]
 pub(crate) struct RunArgs {

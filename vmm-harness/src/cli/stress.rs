@@ -16,12 +16,13 @@ use vmm_harness::linux::new_seed;
 use vmm_harness::report::{self, Outcome, Recording};
 use vmm_harness::stress::{self, Limit, Progress, StressOptions};
 
-use super::{MachineArgs, UsageError};
+use super::UsageError;
+use super::machine::MachineArgs;
 
 /// How often to say how far a run is where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-pub(crate) const STRESS_HELP: &str = "\
+pub(crate) const HELP: &str = "\
 Checked all the time: pages are what the guest wrote; no more is resident than plugged; resizes progress or have a reason;
 whenever the guest has settled, too: device and driver have the same blocks, no slot, mapping, descriptor or thread is
 left over. The first failure ends the run.
@@ -136,7 +137,7 @@ impl From<Pattern> for stress::Pattern {
     }
 }
 
-pub(crate) fn stress(args: &StressArgs) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
     let mut guest = args.machine.options();
     guest.workload = match args.workload {
         Workload::Alloc | Workload::Rogue => vmm_harness::Workload::Alloc,

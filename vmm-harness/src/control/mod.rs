@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::broadcast;
 use virtio_mem::wire::Answer;
@@ -52,14 +52,15 @@ pub enum ControlError {
 }
 
 /// A device at one moment. All sizes are bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sizes {
     /// What the driver is asked to have plugged.
     pub requested_size: u64,
     /// What is plugged.
     pub plugged_size: u64,
-    /// From the region's start, where blocks may be plugged.
-    pub usable_region_size: u64,
+    /// From the region's start, where blocks may be plugged; left out if the device does not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usable_region_size: Option<u64>,
     /// Host memory behind the region.
     pub resident_size: u64,
     /// Whether requests are held off.
@@ -222,7 +223,7 @@ impl Controller {
         Ok(Sizes {
             requested_size: status.requested_size,
             plugged_size: status.plugged_size,
-            usable_region_size: status.usable_region_size,
+            usable_region_size: Some(status.usable_region_size),
             resident_size: self
                 .device()
                 .resident_bytes()

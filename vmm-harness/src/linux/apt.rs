@@ -49,7 +49,8 @@ impl std::fmt::Display for Package {
 
 /// apt-get with a configuration derived from the machine's.
 ///
-/// Everything apt writes goes to one folder. The machine's options (proxies, certificates) stay in force.
+/// Everything apt writes goes to one folder. The machine's options (proxies, certificates) stay in force, but for the
+/// programs it runs around an update: they would change the machine.
 #[derive(Debug)]
 pub(super) struct Apt {
     dir: PathBuf,
@@ -79,6 +80,7 @@ impl Apt {
         for (name, text) in [
             ("status", String::new()),
             ("vmem.sources", machine_sources(suites)?),
+            ("apt.conf", machine_options()?),
         ] {
             let path = dir.join(name);
             fs::write(&path, text).map_err(LinuxError::file(path))?;
@@ -175,6 +177,7 @@ impl Apt {
         // `apt-get download` writes there.
         command
             .current_dir(self.dir.join("archives"))
+            .env("APT_CONFIG", self.dir.join("apt.conf"))
             .env("LC_ALL", "C.UTF-8")
             .stdin(Stdio::null());
         command
@@ -218,12 +221,43 @@ impl Apt {
         if status.success() {
             return Ok(());
         }
+        // A terminal interrupts apt as well.
+        if signals::interrupted() {
+            return Err(LinuxError::Interrupted);
+        }
         let said = fs::read_to_string(&log_path).map_err(LinuxError::file(&log_path))?;
         Err(LinuxError::Packages {
             what: format!("apt-get {}", args[0]),
             said: last_lines(&said),
         })
     }
+}
+
+/// The options of the machine without its hooks, and without the files they come from, which apt would read again.
+fn machine_options() -> Result<String, LinuxError> {
+    let dump = capture("apt-config", Command::new("apt-config").arg("dump"))?;
+    Ok(without_hooks(&dump))
+}
+
+fn without_hooks(dump: &str) -> String {
+    let hooks = ["APT::Update::", "DPkg::Pre-", "DPkg::Post-"];
+    let kept = dump.lines().filter(|line| {
+        let read_again = ["Dir::Etc::parts ", "Dir::Etc::main "];
+        let is = |name: &&str| {
+            line.get(..name.len())
+                .is_some_and(|start| start.eq_ignore_ascii_case(name))
+        };
+        !hooks.iter().chain(&read_again).any(is)
+    });
+    let mut text = String::new();
+    for line in kept.chain([
+        "Dir::Etc::parts \"/dev/null\";",
+        "Dir::Etc::main \"/dev/null\";",
+    ]) {
+        text.push_str(line);
+        text.push('\n');
+    }
+    text
 }
 
 /// The sources of the machine, for `suites` instead of those it follows.
@@ -346,6 +380,17 @@ pub(super) fn mib(bytes: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn machines_options_stay_but_for_what_it_runs_around_an_update() {
+        let dump = "Acquire::http::Proxy \"p\";\nAPT::Update::Post-Invoke:: \"rm\";\nDPkg::Pre-Install-Pkgs \"\";\n\
+                    Dir::Etc::parts \"apt.conf.d\";\nDir::Etc::main \"apt.conf\";\nDir::Etc::trusted \"t\";\n";
+        assert_eq!(
+            without_hooks(dump),
+            "Acquire::http::Proxy \"p\";\nDir::Etc::trusted \"t\";\n\
+             Dir::Etc::parts \"/dev/null\";\nDir::Etc::main \"/dev/null\";\n"
+        );
+    }
 
     #[test]
     fn packages_are_for_one_architecture() {

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
+use serde::Serialize;
 use serde_json::json;
 use virtio_mem::{Handle, LentFiles, VirtioMem};
 use vm_memory::GuestAddress;
@@ -17,7 +18,7 @@ use crate::serve::control::{Command, Report};
 use crate::vfio_user::{Server, ServerError, ServerSocket};
 
 /// Which device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum DeviceKind {
     /// QEMU's own `virtio-mem-pci`, which this driver has been tested against for years: the reference.
     Qemu,
@@ -26,21 +27,21 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
+    /// In a word.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Ours => "ours",
+        }
+    }
+
     pub(super) fn make(self) -> Box<dyn MemoryDevice> {
         match self {
             Self::Qemu => Box::new(Reference),
             Self::Ours => Box::new(Ours::default()),
         }
     }
-}
-
-/// The state of a device, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeviceStatus {
-    /// What the host asks for.
-    pub requested: u64,
-    /// What the guest has plugged.
-    pub plugged: u64,
 }
 
 /// A memory device as seen from the host.
@@ -56,22 +57,19 @@ pub(super) trait MemoryDevice: Send {
         String::new()
     }
 
-    /// Changes the requested size.
-    fn resize(&mut self, qmp: &mut Qmp, bytes: u64) -> Result<(), LinuxError>;
+    /// Does what the host wants done with it; its state afterwards.
+    fn execute(&mut self, host: &mut Host<'_>, command: Command) -> Result<Report, LinuxError>;
 
-    /// Requested and plugged size.
-    fn status(&mut self, qmp: &mut Qmp) -> Result<DeviceStatus, LinuxError>;
-
-    /// Host memory behind the device's region, in bytes; `pid` is QEMU's.
-    fn resident_bytes(&mut self, pid: u32) -> Result<u64, LinuxError>;
-
-    /// Holds requests off, or ends that.
-    fn set_frozen(&mut self, _frozen: bool) -> Result<(), LinuxError> {
-        Err(LinuxError::Unsupported(format!(
-            "{} cannot be frozen",
-            self.name()
-        )))
+    /// More than its state, if the device is ours.
+    fn handle(&self) -> Option<&Handle> {
+        None
     }
+}
+
+/// How QEMU is asked.
+pub(super) struct Host<'a> {
+    pub(super) qmp: &'a mut Qmp,
+    pub(super) pid: u32,
 }
 
 /// QEMU's path of the device.
@@ -113,39 +111,49 @@ impl MemoryDevice for Reference {
         ])
     }
 
-    fn resize(&mut self, qmp: &mut Qmp, bytes: u64) -> Result<(), LinuxError> {
-        let arguments = json!({ "path": DEVICE, "property": "requested-size", "value": bytes });
-        qmp.execute("qom-set", &arguments).map(|_| ())
-    }
-
-    fn status(&mut self, qmp: &mut Qmp) -> Result<DeviceStatus, LinuxError> {
+    fn execute(&mut self, host: &mut Host<'_>, command: Command) -> Result<Report, LinuxError> {
+        match command {
+            Command::Resize(bytes) => {
+                let arguments =
+                    json!({ "path": DEVICE, "property": "requested-size", "value": bytes });
+                host.qmp.execute("qom-set", &arguments)?;
+            }
+            Command::Freeze | Command::Thaw => {
+                let name = self.name();
+                return Err(LinuxError::Unsupported(format!("{name} cannot be frozen")));
+            }
+            Command::Status | Command::Quit => {}
+        }
         let mut get = |property: &str| {
-            let value = qmp.execute("qom-get", &json!({ "path": DEVICE, "property": property }))?;
+            let arguments = json!({ "path": DEVICE, "property": property });
+            let value = host.qmp.execute("qom-get", &arguments)?;
             value
                 .as_u64()
                 .ok_or_else(|| LinuxError::Qemu(format!("{property} is no size: {value}")))
         };
-        Ok(DeviceStatus {
-            requested: get("requested-size")?,
-            plugged: get("size")?,
+        Ok(Report {
+            requested_size: get("requested-size")?,
+            plugged_size: get("size")?,
+            usable_region_size: None,
+            resident_size: resident_bytes(host.pid)?,
+            frozen: false,
         })
     }
+}
 
-    fn resident_bytes(&mut self, pid: u32) -> Result<u64, LinuxError> {
-        let dir = format!("/proc/{pid}/fd");
-        for entry in fs::read_dir(&dir).map_err(LinuxError::file(&dir))? {
-            let path = entry.map_err(LinuxError::file(&dir))?.path();
-            // Another descriptor may be closed meanwhile.
-            let target = fs::read_link(&path).unwrap_or_default();
-            if is_memfd(&target) {
-                let blocks = fs::metadata(&path)
-                    .map_err(LinuxError::file(&path))?
-                    .blocks();
-                return Ok(blocks * 512);
-            }
+/// Host memory behind the region.
+fn resident_bytes(pid: u32) -> Result<u64, LinuxError> {
+    let dir = format!("/proc/{pid}/fd");
+    for entry in fs::read_dir(&dir).map_err(LinuxError::file(&dir))? {
+        let path = entry.map_err(LinuxError::file(&dir))?.path();
+        // Another descriptor may be closed meanwhile.
+        let target = fs::read_link(&path).unwrap_or_default();
+        if is_memfd(&target) {
+            let file = fs::metadata(&path).map_err(LinuxError::file(&path))?;
+            return Ok(file.blocks() * 512);
         }
-        Err(LinuxError::Qemu("it has no memory that is a file".into()))
     }
+    Err(LinuxError::Qemu("it has no memory that is a file".into()))
 }
 
 /// Where a machine of this kind has its memory above 4 GiB, and how much of it is below that.
@@ -205,16 +213,6 @@ impl Ours {
             server: Some(server),
         })
     }
-
-    fn execute(&self, command: Command) -> Result<Report, LinuxError> {
-        let served = self
-            .served
-            .as_ref()
-            .ok_or_else(|| LinuxError::Device("it is not served".into()))?;
-        command
-            .execute(&served.handle)
-            .map_err(|error| LinuxError::Device(error.to_string()))
-    }
 }
 
 impl MemoryDevice for Ours {
@@ -244,29 +242,14 @@ impl MemoryDevice for Ours {
         format!("mem={}", setup.boot_memory)
     }
 
-    fn resize(&mut self, _: &mut Qmp, bytes: u64) -> Result<(), LinuxError> {
-        self.execute(Command::Resize(bytes)).map(|_| ())
+    fn execute(&mut self, _: &mut Host<'_>, command: Command) -> Result<Report, LinuxError> {
+        let handle = self.handle();
+        let handle = handle.ok_or_else(|| LinuxError::Device("it is not served".into()))?;
+        Ok(command.execute(handle)?)
     }
 
-    fn status(&mut self, _: &mut Qmp) -> Result<DeviceStatus, LinuxError> {
-        let report = self.execute(Command::Status)?;
-        Ok(DeviceStatus {
-            requested: report.requested_size,
-            plugged: report.plugged_size,
-        })
-    }
-
-    fn resident_bytes(&mut self, _: u32) -> Result<u64, LinuxError> {
-        Ok(self.execute(Command::Status)?.resident_size)
-    }
-
-    fn set_frozen(&mut self, frozen: bool) -> Result<(), LinuxError> {
-        self.execute(if frozen {
-            Command::Freeze
-        } else {
-            Command::Thaw
-        })
-        .map(|_| ())
+    fn handle(&self) -> Option<&Handle> {
+        self.served.as_ref().map(|served| &served.handle)
     }
 }
 

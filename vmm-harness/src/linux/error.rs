@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::serve::control::LineError;
+
 /// Why a Linux guest could not be provided, run or held to what it should do.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -74,6 +76,9 @@ pub enum LinuxError {
     /// Our device cannot be made, served or resized.
     #[error("memory device: {0}")]
     Device(String),
+    /// A line of the control socket is no command, or its device cannot do it.
+    #[error(transparent)]
+    Control(#[from] LineError),
     /// The guest did not get as far as it should.
     #[error("{what}; last on the console:\n{console}")]
     Guest {
@@ -109,7 +114,7 @@ impl LinuxError {
     }
 
     /// Names the file in an error about it.
-    pub(super) fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+    pub fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         |source| Self::File { path, source }
     }

@@ -1,6 +1,7 @@
 //! What the guest's kernel says about its memory.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::LinuxError;
 
@@ -106,8 +107,80 @@ impl Facts {
     }
 }
 
+/// Number of pages in what [`Facts::pages_command`] prints a line of.
+const PAGES_PER_LINE: u64 = 512;
+const PAGE: u64 = 4096;
+
+/// Flags of a page that is not there, and of one that is not online, in `/proc/kpageflags`.
+const NOT_ONLINE: u64 = 1 << 20 | 1 << 23;
+
+impl Facts {
+    /// Prints, of each block, the flags of the first of each [`PAGES_PER_LINE`] pages.
+    pub(super) fn pages_command(&self) -> String {
+        let blocks: String = self.added.keys().map(|id| format!("{id} ")).collect();
+        let lines = self.block_size / PAGE / PAGES_PER_LINE;
+        let bytes = 8 * PAGES_PER_LINE;
+        format!(
+            "for block in {blocks}; do dd if=/proc/kpageflags bs={bytes} skip=$((block * {lines})) count={lines} \
+             2>/dev/null | od -An -v -t x8 -w{bytes} | cut -c1-17 | sed \"s/^/pages $block/\"; done"
+        )
+    }
+
+    /// Where they differ from a device whose plugged memory is `plugged`, ascending; nothing if they agree.
+    ///
+    /// `pages` is what [`pages_command`](Self::pages_command) printed.
+    pub(super) fn misplaced(&self, plugged: &[Range<u64>], pages: &str) -> Option<String> {
+        let mut online = Vec::new();
+        let (mut block, mut start) = (None, 0);
+        for line in pages.lines() {
+            let words: Vec<_> = line.split_whitespace().collect();
+            let ["pages", id, flags] = words[..] else {
+                return Some(format!("no flags of pages: {line:?}"));
+            };
+            let (Ok(id), Ok(flags)) = (id.parse::<u64>(), u64::from_str_radix(flags, 16)) else {
+                return Some(format!("no flags of pages: {line:?}"));
+            };
+            if block.replace(id) != Some(id) {
+                start = id * self.block_size;
+            }
+            let end = start + PAGES_PER_LINE * PAGE;
+            if flags & NOT_ONLINE == 0 {
+                add(&mut online, start..end);
+            }
+            start = end;
+        }
+        let mut merged = Vec::new();
+        for run in plugged {
+            add(&mut merged, run.clone());
+        }
+        let first = online
+            .iter()
+            .zip(&merged)
+            .find(|(guest, device)| guest != device);
+        match first {
+            Some((guest, device)) => {
+                Some(format!("online is {guest:#x?}, plugged is {device:#x?}"))
+            }
+            None if online.len() != merged.len() => {
+                Some(format!("online is {online:#x?}, plugged is {merged:#x?}"))
+            }
+            None => None,
+        }
+    }
+}
+
+/// Appends a range to ascending ones, in one with the last if they touch.
+fn add(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => ranges.push(range),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::slice;
+
     use super::*;
 
     const TEXT: &str = "/proc/meminfo:MemTotal:         541736 kB
@@ -148,5 +221,35 @@ iomem   100000000-10fffffff : System RAM (virtio_mem)";
         assert!(differs("541736", "408616", 0).starts_with("2 memory blocks for 0x0"));
         assert!(differs("541736", "671784", 257).starts_with("2 memory blocks for"));
         assert!(Facts::read("").is_err());
+    }
+
+    #[test]
+    fn online_pages_and_plugged_blocks_are_compared_by_address() {
+        const MIB: u64 = 1 << 20;
+        let facts = Facts::read(TEXT).unwrap();
+        // Block 32 is online, of block 33 the first 2 MiB are.
+        let mut pages = String::new();
+        for line in 0..128 {
+            let flags = if line <= 64 { 1_u64 << 32 } else { 1 << 23 };
+            pages += &format!("pages{:4} {flags:016x}\n", 32 + line / 64);
+        }
+        let (start, end) = (4096 * MIB, 4096 * MIB + 130 * MIB);
+        let differs = |runs: &[Range<u64>]| facts.misplaced(runs, &pages);
+        assert_eq!(differs(slice::from_ref(&(start..end))), None);
+        assert_eq!(
+            differs(&[start..start + 2 * MIB, start + 2 * MIB..end]),
+            None
+        );
+        for other in [
+            start..end - 2 * MIB,
+            start..end + 2 * MIB,
+            start + 2 * MIB..end,
+        ] {
+            assert!(differs(slice::from_ref(&other)).is_some(), "{other:#x?}");
+        }
+        assert!(differs(&[start..end, end + 8 * MIB..end + 10 * MIB]).is_some());
+        assert!(differs(&[]).is_some());
+        assert!(facts.misplaced(&[], "").is_none());
+        assert!(facts.misplaced(&[], "pages 32").is_some());
     }
 }

@@ -7,9 +7,11 @@
 //! | what runs in the guest | `initramfs.rs` |
 //! | how QEMU is started, asked and ended | `qemu.rs`, `qmp.rs` |
 //! | how the guest is told what to do | `console.rs` |
+//! | which kernel the guest is | `kernel.rs`; of this project's: `own.rs` |
 //! | which device it has | `device.rs` |
 //! | what is tried | `scripts.rs` |
 //! | what must hold | `session.rs`, `facts.rs` |
+//! | all of it on both devices | [`Matrix`] |
 
 mod apt;
 mod cache;
@@ -18,7 +20,11 @@ mod control;
 mod device;
 mod error;
 mod facts;
+mod host;
 mod initramfs;
+mod kernel;
+mod matrix;
+mod own;
 mod packages;
 mod progress;
 mod prompt;
@@ -33,19 +39,24 @@ use std::path::Path;
 use std::time::Duration;
 
 pub use cache::Cache;
-pub use control::resize_at;
-pub use device::{DeviceKind, DeviceStatus};
+pub use control::execute_at;
+pub use device::DeviceKind;
 pub use error::LinuxError;
-pub use packages::KernelSeries;
+pub(crate) use host::date_and_machine;
+pub use matrix::{Matrix, MatrixOptions, MatrixRun, differences, replace_generated, run_matrix};
+pub use own::{DriverFacts, OwnGuest, OwnOptions};
+pub use packages::{Browser, KernelSeries};
 pub use progress::{Phase, Progress};
 pub use scripts::{SCRIPTS, Script};
 pub use session::LinuxStep;
 
 use self::control::Control;
-use self::device::MemoryDevice;
-use self::packages::Provision;
+use self::device::{Host, MemoryDevice};
+use self::kernel::Kernel;
+use self::packages::{LinuxKernel, Tools};
 use self::qemu::Qemu;
 use self::session::Session;
+use crate::serve::control::{Command, Report};
 
 /// What to run.
 #[derive(Debug)]
@@ -62,7 +73,16 @@ pub struct LinuxOptions<'a> {
     pub random_for: Duration,
 }
 
-/// Boots a guest and runs a script with it; its steps.
+/// A script that has come to its end.
+#[derive(Debug)]
+pub struct LinuxRun {
+    /// Packages that were used, and their versions.
+    pub versions: Vec<String>,
+    /// What was done and seen.
+    pub steps: Vec<LinuxStep>,
+}
+
+/// Boots a guest and runs a script with it.
 ///
 /// `show` is told of each step once it is over.
 ///
@@ -74,14 +94,16 @@ pub fn run_script(
     script: &Script,
     progress: &mut Progress,
     show: &mut dyn FnMut(&LinuxStep),
-) -> Result<Vec<LinuxStep>, LinuxError> {
+) -> Result<LinuxRun, LinuxError> {
     let choices = scripts::Choices {
         seed: options.seed,
         random_for: options.random_for,
     };
     let mut session = Session::new(boot(options, script.setup(), progress)?, show);
     script.run(&mut session, &choices)?;
-    session.finish()
+    let versions = session.guest.versions.clone();
+    let steps = session.finish()?;
+    Ok(LinuxRun { versions, steps })
 }
 
 /// Boots a guest and gives its console to whoever sits at the terminal.
@@ -90,7 +112,19 @@ pub fn run_script(
 ///
 /// If a part is not to be had, or the guest does not run.
 pub fn run_prompt(options: &LinuxOptions<'_>, progress: &mut Progress) -> Result<(), LinuxError> {
-    let mut guest = boot(options, &scripts::SETUP, progress)?;
+    prompt(boot(options, &scripts::SETUP, progress)?, progress)
+}
+
+/// Boots this project's kernel and gives its console to whoever sits at the terminal.
+///
+/// # Errors
+///
+/// If QEMU is not to be had, or the guest does not run.
+pub fn run_own_prompt(options: &OwnOptions<'_>, progress: &mut Progress) -> Result<(), LinuxError> {
+    prompt(own::boot(options, progress)?, progress)
+}
+
+fn prompt(mut guest: LinuxGuest, progress: &mut Progress) -> Result<(), LinuxError> {
     let socket = guest.qemu.dir().join("control");
     let control = Control::listen(&socket)?;
     progress.note(&format!(
@@ -106,6 +140,8 @@ struct LinuxGuest {
     // Before the device, which is served to it until it ends.
     qemu: Qemu,
     device: Box<dyn MemoryDevice>,
+    kernel: Kernel,
+    versions: Vec<String>,
 }
 
 fn boot(
@@ -115,14 +151,40 @@ fn boot(
 ) -> Result<LinuxGuest, LinuxError> {
     signals::catch().map_err(LinuxError::file("signal handler"))?;
     let cache = Cache::open(options.cache)?;
-    let provision = Provision::get(&cache, options.kernel, progress)?;
-    let mut device = options.device.make();
-    for version in provision.versions()? {
-        progress.note(&version);
+    let tools = Tools::get(&cache, progress)?;
+    let kernel = Kernel::Linux(LinuxKernel::get(&cache, options.kernel, progress)?);
+    LinuxGuest::start(&tools, kernel, options.device, setup, progress)
+}
+
+impl LinuxGuest {
+    fn start(
+        tools: &Tools,
+        kernel: Kernel,
+        device: DeviceKind,
+        setup: &qemu::Setup,
+        progress: &mut Progress,
+    ) -> Result<Self, LinuxError> {
+        let mut device = device.make();
+        let versions = [tools.versions()?, kernel.versions()?].concat();
+        for version in &versions {
+            progress.note(version);
+        }
+        progress.note(&format!("device: {}", device.name()));
+        let qemu = Qemu::start(tools, &kernel, setup, device.as_mut(), progress)?;
+        Ok(Self {
+            qemu,
+            device,
+            kernel,
+            versions,
+        })
     }
-    progress.note(&format!("device: {}", device.name()));
-    let qemu = Qemu::start(&provision, setup, device.as_mut(), progress)?;
-    Ok(LinuxGuest { qemu, device })
+
+    /// Has something done with the device; its state afterwards.
+    fn execute(&mut self, command: Command) -> Result<Report, LinuxError> {
+        let pid = self.qemu.pid();
+        let qmp = &mut self.qemu.qmp;
+        self.device.execute(&mut Host { qmp, pid }, command)
+    }
 }
 
 /// A seed that is another one each time.

@@ -1,8 +1,10 @@
 //! What a run needs from packages: QEMU, a kernel with its driver, and a shell.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use lzma_rust2::XzReader;
 
@@ -25,6 +27,30 @@ const SECURITY: Suites = Suites {
 
 /// The emulator, from x86 to x86.
 const QEMU: &str = "qemu-system-x86";
+
+/// Debian 12.
+const STABLE: Suites = Suites {
+    security: false,
+    names: &["bookworm"],
+};
+
+/// A browser that is only ever controlled.
+const BROWSER: &str = "chromium-headless-shell";
+
+/// Where its fonts are named.
+const FONTS: &str = "fonts.conf";
+
+/// What a program takes from the machine it runs on.
+const C_LIBRARY: [&str; 8] = [
+    "ld-linux-x86-64.so.2",
+    "libc.so.6",
+    "libdl.so.2",
+    "libm.so.6",
+    "libmvec.so.1",
+    "libpthread.so.0",
+    "libresolv.so.2",
+    "librt.so.1",
+];
 
 /// The guest's programs, in one file.
 const BUSYBOX: &str = "busybox-static";
@@ -72,20 +98,13 @@ impl KernelSeries {
     }
 }
 
-/// Everything for one kernel, in the cache.
+/// What every guest needs, in the cache: QEMU, and a shell for those that have use for one.
 #[derive(Debug)]
-pub(super) struct Provision {
-    tools: PathBuf,
-    kernel: PathBuf,
-}
+pub(super) struct Tools(PathBuf);
 
-impl Provision {
-    /// Takes it from the cache, after filling that with what is missing.
-    pub(super) fn get(
-        cache: &Cache,
-        series: KernelSeries,
-        progress: &mut Progress,
-    ) -> Result<Self, LinuxError> {
+impl Tools {
+    /// Takes them from the cache, after filling that with what is missing.
+    pub(super) fn get(cache: &Cache, progress: &mut Progress) -> Result<Self, LinuxError> {
         let tools = cache.get_or_make("tools", progress, |dir, progress| {
             from_packages(
                 dir,
@@ -95,6 +114,95 @@ impl Provision {
                 |apt, root, phase| apt.unpack(&[QEMU.into(), BUSYBOX.into()], true, root, phase),
             )
         })?;
+        Ok(Self(tools))
+    }
+
+    /// What is used, by package and version.
+    pub(super) fn versions(&self) -> Result<Vec<String>, LinuxError> {
+        versions(&self.0, &[QEMU, BUSYBOX])
+    }
+
+    /// Root of the unpacked QEMU.
+    pub(super) fn qemu_root(&self) -> PathBuf {
+        self.0.join("root")
+    }
+
+    pub(super) fn busybox(&self) -> PathBuf {
+        self.0.join("root/usr/bin/busybox")
+    }
+}
+
+/// A browser without a window, in the cache: for tests of pages.
+#[derive(Debug)]
+pub struct Browser(PathBuf);
+
+impl Browser {
+    /// Takes it from the cache, after filling that with what is missing.
+    ///
+    /// # Errors
+    ///
+    /// If the packages cannot be had, as on a machine without apt or network.
+    pub fn get(cache: &Cache, progress: &mut Progress) -> Result<Self, LinuxError> {
+        let names = [BROWSER, "fonts-dejavu-core"].map(str::to_owned);
+        let browser = cache.get_or_make("browser", progress, |dir, progress| {
+            from_packages(dir, BROWSER, STABLE, progress, |apt, root, phase| {
+                let packages = apt.unpack(&names, true, root, phase)?;
+                // The C library is the machine's, with the loader that was built with it.
+                for name in C_LIBRARY {
+                    let path = root.join("lib/x86_64-linux-gnu").join(name);
+                    if path.exists() {
+                        fs::remove_file(&path).map_err(LinuxError::file(path))?;
+                    }
+                }
+                fs::write(
+                    root.join(FONTS),
+                    fonts(&dir.with_extension("").join("root")),
+                )
+                .map_err(LinuxError::file(root))?;
+                Ok(packages)
+            })
+        })?;
+        Ok(Self(browser))
+    }
+
+    /// The program with the libraries and fonts it was built for, without arguments.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let root = self.0.join("root");
+        let mut libraries = OsString::new();
+        for (index, dir) in ["usr/lib", "lib"].iter().enumerate() {
+            if index > 0 {
+                libraries.push(":");
+            }
+            libraries.push(root.join(dir).join("x86_64-linux-gnu"));
+        }
+        let mut command = Command::new(root.join("usr/lib/chromium").join(BROWSER));
+        command
+            .env("LD_LIBRARY_PATH", libraries)
+            .env("FONTCONFIG_FILE", root.join(FONTS));
+        command
+    }
+}
+
+/// A configuration of fontconfig for the fonts below `root`.
+fn fonts(root: &Path) -> String {
+    let root = root.display();
+    format!(
+        "<fontconfig><dir>{root}/usr/share/fonts</dir><cachedir>{root}/fonts-cache</cachedir></fontconfig>\n"
+    )
+}
+
+/// A kernel and its modules, in the cache.
+#[derive(Debug)]
+pub(super) struct LinuxKernel(PathBuf);
+
+impl LinuxKernel {
+    /// Takes it from the cache, after filling that with what is missing.
+    pub(super) fn get(
+        cache: &Cache,
+        series: KernelSeries,
+        progress: &mut Progress,
+    ) -> Result<Self, LinuxError> {
         let name = format!("linux-{}", series.version());
         let kernel = cache.get_or_make(&name, progress, |dir, progress| {
             let title = format!("Linux {}", series.version());
@@ -111,46 +219,35 @@ impl Provision {
                 },
             )
         })?;
-        Ok(Self { tools, kernel })
+        Ok(Self(kernel))
     }
 
     /// What is used, by package and version.
     pub(super) fn versions(&self) -> Result<Vec<String>, LinuxError> {
-        let mut used = Vec::new();
-        for (dir, packages) in [
-            (&self.tools, &[QEMU, BUSYBOX][..]),
-            (&self.kernel, &["linux-image-"]),
-        ] {
-            let path = dir.join(VERSIONS);
-            let text = fs::read_to_string(&path).map_err(LinuxError::file(path))?;
-            let wanted = |line: &&str| packages.iter().any(|package| line.starts_with(package));
-            used.extend(text.lines().filter(wanted).map(str::to_owned));
-        }
-        Ok(used)
+        versions(&self.0, &["linux-image-"])
     }
 
     pub(super) fn vmlinuz(&self) -> PathBuf {
-        self.kernel.join("root/vmlinuz")
-    }
-
-    pub(super) fn busybox(&self) -> PathBuf {
-        self.tools.join("root/usr/bin/busybox")
+        self.0.join("root/vmlinuz")
     }
 
     /// The modules to insert, in this order, by name and file.
     pub(super) fn modules(&self) -> Vec<(&'static str, PathBuf)> {
-        let file = |name: &'static str| (name, self.kernel.join(format!("root/{name}.ko")));
+        let file = |name: &'static str| (name, self.0.join(format!("root/{name}.ko")));
         MODULES
             .into_iter()
             .map(file)
             .filter(|(_, path)| path.exists())
             .collect()
     }
+}
 
-    /// Root of the unpacked QEMU.
-    pub(super) fn qemu_root(&self) -> PathBuf {
-        self.tools.join("root")
-    }
+/// What the packages with these beginnings are, of which an artefact was made.
+fn versions(artefact: &Path, packages: &[&str]) -> Result<Vec<String>, LinuxError> {
+    let path = artefact.join(VERSIONS);
+    let text = fs::read_to_string(&path).map_err(LinuxError::file(path))?;
+    let wanted = |line: &&str| packages.iter().any(|package| line.starts_with(package));
+    Ok(text.lines().filter(wanted).map(str::to_owned).collect())
 }
 
 /// Makes an artefact: package lists, packages, and a record of what they were.

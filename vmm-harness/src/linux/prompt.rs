@@ -1,11 +1,12 @@
 //! A person at the guest's console.
 
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::thread;
 use std::time::Duration;
 
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 use super::control::Control;
 use super::{LinuxError, LinuxGuest, signals};
@@ -16,20 +17,16 @@ const LEAVE: u8 = 0x1d;
 /// How long the guest is listened to before the terminal and the socket are looked at.
 const TURN: Duration = Duration::from_millis(10);
 
-/// A shell for people in the place of the one for programs; the guest ends with it.
-const SHELL: &str = "vmem stty echo onlcr </dev/console; PS1='guest# ' setsid cttyhack sh </dev/console >/dev/console 2>&1; poweroff -f\n";
-
 /// End of input, at a terminal.
 const END: u8 = 4;
 
 /// Passes bytes between terminal and console until the guest ends or the person leaves.
 pub(super) fn run(guest: &mut LinuxGuest, control: &Control) -> Result<(), LinuxError> {
-    let LinuxGuest { qemu, device } = guest;
-    qemu.console.send(SHELL.as_bytes())?;
-    let _raw = RawTerminal::enter().map_err(LinuxError::file("/dev/stdin"))?;
+    guest.qemu.console.send(guest.kernel.prompt().as_bytes())?;
+    let _raw = RawTerminal::enter(io::stdin()).map_err(LinuxError::file("/dev/stdin"))?;
     let mut input = Some(read_input());
     loop {
-        match qemu.console.receive(TURN) {
+        match guest.qemu.console.receive(TURN) {
             Ok(bytes) => {
                 let mut out = io::stdout().lock();
                 out.write_all(&bytes)
@@ -41,19 +38,16 @@ pub(super) fn run(guest: &mut LinuxGuest, control: &Control) -> Result<(), Linux
         }
         match input.as_ref().map(Receiver::try_recv) {
             Some(Ok(bytes)) if bytes.contains(&LEAVE) => return Ok(()),
-            Some(Ok(bytes)) => qemu.console.send(&bytes)?,
+            Some(Ok(bytes)) => guest.qemu.console.send(&bytes)?,
             Some(Err(TryRecvError::Disconnected)) => {
                 input = None;
-                qemu.console.send(&[END])?;
+                guest.qemu.console.send(&[END])?;
             }
             Some(Err(TryRecvError::Empty)) | None => {}
         }
-        control.serve(|bytes| {
-            if let Some(bytes) = bytes {
-                device.resize(&mut qemu.qmp, bytes)?;
-            }
-            device.status(&mut qemu.qmp)
-        });
+        if control.serve(|command| guest.execute(command)) {
+            return Ok(());
+        }
         if signals::interrupted() {
             return Err(LinuxError::Interrupted);
         }
@@ -74,27 +68,71 @@ fn read_input() -> Receiver<Vec<u8>> {
     receiver
 }
 
-/// Standard input without a line editor of its own, if it is a terminal; as before in the end.
-struct RawTerminal(Option<Termios>);
+/// A terminal without a line editor of its own, if it is one; as before in the end.
+struct RawTerminal<T: AsFd> {
+    terminal: T,
+    before: Option<Termios>,
+}
 
-impl RawTerminal {
-    fn enter() -> io::Result<Self> {
-        if !io::stdin().is_terminal() {
-            return Ok(Self(None));
+impl<T: AsFd> RawTerminal<T> {
+    fn enter(terminal: T) -> io::Result<Self> {
+        let before = match isatty(&terminal) {
+            true => Some(tcgetattr(&terminal)?),
+            false => None,
+        };
+        if let Some(mut raw) = before.clone() {
+            raw.make_raw();
+            tcsetattr(&terminal, OptionalActions::Flush, &raw)?;
         }
-        let before = tcgetattr(io::stdin())?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(io::stdin(), OptionalActions::Flush, &raw)?;
-        Ok(Self(Some(before)))
+        Ok(Self { terminal, before })
     }
 }
 
-impl Drop for RawTerminal {
+impl<T: AsFd> Drop for RawTerminal<T> {
     fn drop(&mut self) {
-        if let Some(before) = &self.0 {
+        if let Some(before) = &self.before {
             // If the terminal is gone there is nothing to put back.
-            let _ = tcsetattr(io::stdin(), OptionalActions::Flush, before);
+            let _ = tcsetattr(&self.terminal, OptionalActions::Flush, before);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::Path;
+
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use rustix::termios::LocalModes;
+
+    use super::*;
+
+    #[test]
+    fn terminal_is_raw_for_as_long_as_the_value_lives() {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+        let controller = openpt(flags).unwrap();
+        grantpt(&controller).unwrap();
+        unlockpt(&controller).unwrap();
+        let name = ptsname(&controller, Vec::new()).unwrap();
+        let name = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+        let terminal = File::options().read(true).write(true).open(name).unwrap();
+        let edits = || {
+            let modes = tcgetattr(&terminal).unwrap().local_modes;
+            let editing = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
+            (modes.contains(editing), modes.intersects(editing))
+        };
+        assert_eq!(edits(), (true, true));
+        let raw = RawTerminal::enter(&terminal).unwrap();
+        assert_eq!(edits(), (false, false));
+        drop(raw);
+        assert_eq!(edits(), (true, true));
+    }
+
+    #[test]
+    fn what_is_no_terminal_is_left_alone() {
+        let file = tempfile::tempfile().unwrap();
+        let raw = RawTerminal::enter(&file).unwrap();
+        assert!(raw.before.is_none());
     }
 }

@@ -12,7 +12,8 @@ use super::LinuxError;
 use super::console::Console;
 use super::device::MemoryDevice;
 use super::initramfs;
-use super::packages::Provision;
+use super::kernel::Kernel;
+use super::packages::Tools;
 use super::progress::Progress;
 use super::qmp::Qmp;
 use super::signals;
@@ -64,17 +65,17 @@ impl Drop for Process {
 impl Qemu {
     /// Boots the guest up to its first answer.
     pub(super) fn start(
-        provision: &Provision,
+        tools: &Tools,
+        kernel: &Kernel,
         setup: &Setup,
         device: &mut dyn MemoryDevice,
         progress: &mut Progress,
     ) -> Result<Self, LinuxError> {
         let dir = tempfile::Builder::new().prefix("vmem-").tempdir();
         let dir = dir.map_err(LinuxError::file(std::env::temp_dir()))?;
-        let (initrd, socket) = (dir.path().join("initramfs"), dir.path().join("qmp"));
-        initramfs::write(&initrd, &provision.busybox(), &provision.modules())?;
+        let socket = dir.path().join("qmp");
 
-        let mut command = own_loader(&provision.qemu_root());
+        let mut command = own_loader(&tools.qemu_root());
         command.args([
             "-M",
             "q35",
@@ -96,16 +97,10 @@ impl Qemu {
         ]);
         // However this process ends, QEMU does not outlive it.
         command.args(["-run-with", "exit-with-parent=on"]);
-        command
-            .arg("-kernel")
-            .arg(provision.vmlinuz())
-            .arg("-initrd")
-            .arg(&initrd);
-        command.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 quiet vmem.online={} {}",
-            setup.online,
-            device.kernel_options(setup)
-        ));
+        let mut options = device.kernel_options(setup);
+        options.insert_str(0, &kernel.options(setup));
+        command.args(kernel.qemu_options(tools, dir.path())?);
+        command.arg("-append").arg(options);
         command
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()));

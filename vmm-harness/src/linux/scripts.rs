@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use virtio_mem_wire::{Answer, RequestKind};
+
 use super::LinuxError;
 use super::qemu::Setup;
 use super::session::{LONG, Session, check, until};
+use crate::serve::control::Command;
 
 const MIB: u64 = 1 << 20;
 
@@ -13,6 +16,9 @@ const TMPFS: &str = "mkdir /data && mount -t tmpfs -o size=16G data /data";
 
 /// How long a device's state must stay the same to be taken as final.
 const STILL: Duration = Duration::from_secs(10);
+
+/// How long a driver is left alone that was refused. Linux tries again after 5 seconds at the earliest.
+const REFUSED: Duration = Duration::from_secs(2);
 
 /// What a script may be told.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +35,7 @@ pub struct Script {
     name: &'static str,
     about: &'static str,
     setup: Setup,
+    needs_ours: bool,
     run: fn(&mut Session<'_>, &Choices) -> Result<(), LinuxError>,
 }
 
@@ -47,36 +54,42 @@ pub static SCRIPTS: &[Script] = &[
         name: "grow-shrink",
         about: "up and down in steps, with memory written in between that must come back to the host",
         setup: SETUP,
+        needs_ours: false,
         run: grow_shrink,
     },
     Script {
         name: "sub-block",
         about: "sizes that are no multiple of the guest's memory blocks: 130 and 6 MiB",
         setup: SETUP,
+        needs_ours: false,
         run: sub_block,
     },
     Script {
         name: "live-data",
         about: "shrinks under a file in tmpfs, whose checksum must not change",
         setup: SETUP,
+        needs_ours: false,
         run: live_data,
     },
     Script {
         name: "stuck-shrink",
         about: "a shrink for which memory is missing, and which goes on once some is freed",
         setup: SETUP,
+        needs_ours: false,
         run: stuck_shrink,
     },
     Script {
         name: "reboot",
         about: "a system reset with memory plugged",
         setup: SETUP,
+        needs_ours: false,
         run: reboot,
     },
     Script {
         name: "rebind",
         about: "the driver removed and inserted, with nothing plugged and with memory plugged",
         setup: SETUP,
+        needs_ours: false,
         run: rebind,
     },
     Script {
@@ -86,6 +99,7 @@ pub static SCRIPTS: &[Script] = &[
             block_size: 256 * MIB,
             ..SETUP
         },
+        needs_ours: false,
         run: big_block,
     },
     Script {
@@ -95,18 +109,21 @@ pub static SCRIPTS: &[Script] = &[
             requested: 512 * MIB,
             ..SETUP
         },
+        needs_ours: false,
         run: requested_at_boot,
     },
     Script {
         name: "frozen",
-        about: "requests held off by the host, and the driver that goes on when they are not any more",
+        about: "requests answered BUSY, and the driver that goes on when they are not any more",
         setup: SETUP,
+        needs_ours: true,
         run: frozen,
     },
     Script {
         name: "random",
         about: "random sizes under a load of files that come, are verified, and go",
         setup: SETUP,
+        needs_ours: false,
         run: random,
     },
 ];
@@ -128,6 +145,12 @@ impl Script {
     #[must_use]
     pub fn about(&self) -> &'static str {
         self.about
+    }
+
+    /// Whether it does what only this project's device can.
+    #[must_use]
+    pub fn needs_ours(&self) -> bool {
+        self.needs_ours
     }
 
     pub(super) fn setup(&self) -> &Setup {
@@ -152,7 +175,7 @@ fn grow_shrink(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError>
     session.run("dd if=/dev/zero of=/data/file bs=1M count=600")?;
     session.note("write 600 MiB", begun)?;
     // The guest may take memory of its own first, but has less than 1 GiB of that.
-    let resident = session.resident_bytes()?;
+    let resident = session.status()?.resident_size;
     check(resident >= 300 * MIB, || {
         format!(
             "{} MiB of host memory after 600 were written",
@@ -182,7 +205,7 @@ fn live_data(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError> {
     let begun = Instant::now();
     session.run(WRITE)?;
     session.note("write 400 MiB", begun)?;
-    let resident = session.resident_bytes()?;
+    let resident = session.status()?.resident_size;
     check(resident >= 200 * MIB, || {
         format!(
             "only {} MiB of the file are in plugged memory",
@@ -218,7 +241,7 @@ fn stuck_shrink(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError
     session.request(0)?;
     let status = session.unchanged(STILL)?;
     // More was written than the guest has memory of its own.
-    check(status.plugged > 0, || {
+    check(status.plugged_size > 0, || {
         format!("1100 MiB of data, and the device has {status:?}")
     })?;
     session.note("resize to 0 B, which gets stuck", begun)?;
@@ -264,7 +287,7 @@ fn rebind(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError> {
     })?;
     // Nothing was unplugged: the guest uses the memory.
     let (status, facts) = (session.status()?, session.facts()?);
-    check(status.plugged == 256 * MIB, || {
+    check(status.plugged_size == 256 * MIB, || {
         format!("the device has {status:?}")
     })?;
     check(facts.differ_from(256 * MIB).is_none(), || {
@@ -293,20 +316,46 @@ fn requested_at_boot(session: &mut Session<'_>, _: &Choices) -> Result<(), Linux
 fn frozen(session: &mut Session<'_>, _: &Choices) -> Result<(), LinuxError> {
     session.resize(256 * MIB)?;
     for target in [512, 128] {
-        let before = session.status()?.plugged;
-        session.guest.device.set_frozen(true)?;
+        let before = session.status()?.plugged_size;
+        session.execute(Command::Freeze)?;
+        let (refused, _) = refused_and_told(session)?;
         let begun = Instant::now();
         session.request(target * MIB)?;
-        let status = session.unchanged(STILL)?;
-        check(status.plugged == before, || {
+        // The driver asks at once, is refused, and goes to sleep.
+        let mut now = refused;
+        until(LONG, || {
+            (now, _) = refused_and_told(session)?;
+            Ok(now > refused)
+        })?;
+        check(now > refused, || "the driver was not refused".into())?;
+        let status = session.unchanged(REFUSED)?;
+        check(status.plugged_size == before, || {
             format!("frozen at {before:#x}, the device has {status:?}")
         })?;
-        session.note(&format!("resize to {target} MiB while frozen"), begun)?;
+        session.note(&format!("resize to {target} MiB, refused: BUSY"), begun)?;
+
+        // One notification wakes the driver, which would have slept for most of a minute.
+        let (_, told) = refused_and_told(session)?;
         let begun = Instant::now();
-        session.guest.device.set_frozen(false)?;
+        session.execute(Command::Thaw)?;
         session.settled("thaw", target * MIB, begun)?;
+        let (_, told_now) = refused_and_told(session)?;
+        check(told_now == told + 1, || {
+            format!("{} notifications by the thaw", told_now - told)
+        })?;
     }
     session.resize(0)
+}
+
+/// Requests the device has answered BUSY, and configuration changes it has told the driver.
+fn refused_and_told(session: &Session<'_>) -> Result<(u64, u64), LinuxError> {
+    let handle = session.guest.device.handle();
+    let handle =
+        handle.ok_or_else(|| LinuxError::Unsupported("the device does not count".into()))?;
+    let counters = handle.counters();
+    let busy = |kind| counters.requests(kind, Answer::Busy);
+    let refused = busy(RequestKind::Plug) + busy(RequestKind::Unplug);
+    Ok((refused, counters.config_notifications))
 }
 
 /// Files of up to 32 MiB in 8 places, in turn made and, at their next turn, verified and removed.
@@ -335,9 +384,9 @@ fn random(session: &mut Session<'_>, choices: &Choices) -> Result<(), LinuxError
         } else {
             Duration::from_millis(random.u64(0..2000))
         };
-        until(patience, || Ok(session.status()?.plugged == target))?;
+        until(patience, || Ok(session.status()?.plugged_size == target))?;
         let status = session.status()?;
-        check(patience < LONG || status.plugged == target, || {
+        check(patience < LONG || status.plugged_size == target, || {
             format!("stuck: the device has {status:?}")
         })?;
         session.note(&format!("resize to {}", crate::demo::size(target)), step)?;

@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::device::DeviceStatus;
 use super::facts::{self, Facts};
 use super::{LinuxError, LinuxGuest, signals};
 use crate::demo::size;
+use crate::serve::control::{Command, Report};
 
 /// Far longer than any single step takes, even where the kernel waits 50 seconds before it tries again.
 pub(super) const LONG: Duration = Duration::from_secs(600);
@@ -23,6 +23,8 @@ const COMPLAINTS: &str = "dmesg | grep -E -A 25 'WARNING:|BUG:|Oops|general prot
 pub struct LinuxStep {
     /// What was done.
     pub what: String,
+    /// Whether device and guest had to agree at the end of it: what they have then follows from the script alone.
+    pub settled: bool,
     /// The size that was asked for at last.
     pub requested: u64,
     /// What the device has plugged.
@@ -80,16 +82,16 @@ impl<'a> Session<'a> {
             .collect())
     }
 
-    pub(super) fn status(&mut self) -> Result<DeviceStatus, LinuxError> {
-        self.guest.device.status(&mut self.guest.qemu.qmp)
+    pub(super) fn execute(&mut self, command: Command) -> Result<Report, LinuxError> {
+        self.guest.execute(command)
+    }
+
+    pub(super) fn status(&mut self) -> Result<Report, LinuxError> {
+        self.execute(Command::Status)
     }
 
     pub(super) fn request(&mut self, bytes: u64) -> Result<(), LinuxError> {
-        self.guest.device.resize(&mut self.guest.qemu.qmp, bytes)
-    }
-
-    pub(super) fn resident_bytes(&mut self) -> Result<u64, LinuxError> {
-        self.guest.device.resident_bytes(self.guest.qemu.pid())
+        self.execute(Command::Resize(bytes)).map(drop)
     }
 
     pub(super) fn facts(&mut self) -> Result<Facts, LinuxError> {
@@ -119,13 +121,10 @@ impl<'a> Session<'a> {
         let mut status = self.status()?;
         until(LONG, || {
             status = self.status()?;
-            Ok(status.plugged == bytes)
+            Ok(status.plugged_size == bytes)
         })?;
-        let expected = DeviceStatus {
-            requested: bytes,
-            plugged: bytes,
-        };
-        check(status == expected, || {
+        let sizes = (status.requested_size, status.plugged_size);
+        check(sizes == (bytes, bytes), || {
             format!("{what}: the device has {status:?}")
         })?;
         // The request is answered before the kernel has put the block online.
@@ -137,70 +136,76 @@ impl<'a> Session<'a> {
         if let Some(difference) = facts.differ_from(bytes) {
             return Err(LinuxError::Check(format!("{what}: {difference}")));
         }
-        self.record(what, status, &facts, begun)
+        let seconds = begun.elapsed().as_secs_f64();
+        self.same_memory(what, &facts)?;
+        self.record(what, true, &facts, seconds)
+    }
+
+    /// What our device has plugged is what the guest has, address by address.
+    fn same_memory(&mut self, what: &str, facts: &Facts) -> Result<(), LinuxError> {
+        let Some(handle) = self.guest.device.handle() else {
+            return Ok(());
+        };
+        let runs = handle.plugged_runs();
+        let plugged: Vec<_> = runs
+            .iter()
+            .map(|run| run.guest_address..run.guest_address + run.len)
+            .collect();
+        let pages = self.run(&facts.pages_command())?;
+        match facts.misplaced(&plugged, &pages) {
+            Some(difference) => Err(LinuxError::Check(format!("{what}: {difference}"))),
+            None => Ok(()),
+        }
     }
 
     /// Waits until a state of the device has not changed for a while; what it is then.
-    pub(super) fn unchanged(&mut self, still: Duration) -> Result<DeviceStatus, LinuxError> {
+    pub(super) fn unchanged(&mut self, still: Duration) -> Result<Report, LinuxError> {
         let (mut status, mut since) = (self.status()?, Instant::now());
         until(LONG, || {
             let now = self.status()?;
-            if now != status {
-                (status, since) = (now, Instant::now());
+            if now.plugged_size != status.plugged_size {
+                since = Instant::now();
             }
+            status = now;
             Ok(since.elapsed() >= still)
         })?;
         Ok(status)
     }
 
-    /// Writes down a step. Unplugged memory must have come back to the host.
+    /// Writes down a step in which guest and device need not agree.
+    pub(super) fn note(&mut self, what: &str, begun: Instant) -> Result<(), LinuxError> {
+        let seconds = begun.elapsed().as_secs_f64();
+        let facts = self.facts()?;
+        self.record(what, false, &facts, seconds)
+    }
+
+    /// Writes down a step. At its end, unplugged memory must have come back to the host.
     fn record(
         &mut self,
         what: &str,
-        status: DeviceStatus,
+        settled: bool,
         facts: &Facts,
-        begun: Instant,
+        seconds: f64,
     ) -> Result<(), LinuxError> {
-        let resident = self.resident_bytes()?;
-        check(resident <= status.plugged, || {
-            format!(
-                "{what}: {resident:#x} bytes of host memory behind {:#x} plugged",
-                status.plugged
-            )
-        })?;
-        self.show_step(LinuxStep {
+        let status = self.status()?;
+        check(
+            !settled || status.resident_size <= status.plugged_size,
+            || format!("{what}: more host memory than is plugged: {status:?}"),
+        )?;
+        let step = LinuxStep {
             what: what.to_owned(),
-            requested: status.requested,
-            plugged: status.plugged,
-            mem_total: facts.mem_total - facts.boot_mem_total,
-            memory_blocks: facts.added.len(),
-            system_ram: facts.added_bytes(),
-            resident,
-            seconds: begun.elapsed().as_secs_f64(),
-        });
-        Ok(())
-    }
-
-    /// Writes down a step in which guest and device need not agree.
-    pub(super) fn note(&mut self, what: &str, begun: Instant) -> Result<(), LinuxError> {
-        let (status, resident) = (self.status()?, self.resident_bytes()?);
-        let facts = self.facts()?;
-        self.show_step(LinuxStep {
-            what: what.to_owned(),
-            requested: status.requested,
-            plugged: status.plugged,
+            settled,
+            requested: status.requested_size,
+            plugged: status.plugged_size,
             mem_total: facts.mem_total.saturating_sub(facts.boot_mem_total),
             memory_blocks: facts.added.len(),
             system_ram: facts.added_bytes(),
-            resident,
-            seconds: begun.elapsed().as_secs_f64(),
-        });
-        Ok(())
-    }
-
-    fn show_step(&mut self, step: LinuxStep) {
+            resident: status.resident_size,
+            seconds,
+        };
         (self.show)(&step);
         self.steps.push(step);
+        Ok(())
     }
 }
 

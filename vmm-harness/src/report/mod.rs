@@ -1,13 +1,12 @@
 //! What a stress run leaves behind to be looked at: a page with plots, and the data behind it.
 
-mod host;
-
 use std::fs::File;
 use std::io::{self, BufWriter};
 use std::path::Path;
 
 use serde::Serialize;
 
+use crate::linux::date_and_machine;
 use crate::stress::{self, Pattern, StressOptions, Summary};
 
 /// Everything recorded about a run. `report.json` is this.
@@ -51,7 +50,7 @@ pub struct Run {
     pub version: &'static str,
     /// What the guests ran on.
     pub backend: String,
-    /// The host's processors, memory and kernel.
+    /// The date, and the host's processors and memory.
     pub machine: String,
     /// When it began, RFC 3339, UTC.
     pub began: String,
@@ -125,7 +124,7 @@ impl Recording {
                 seed: guest.seed,
                 version: env!("CARGO_PKG_VERSION"),
                 backend: run.backend,
-                machine: host::describe(),
+                machine: date_and_machine(),
                 began,
                 region_size: guest.region,
                 block_size: guest.block_size,

@@ -1,7 +1,9 @@
 //! What an operator can ask of a device that is served, as lines of text.
 //!
-//! A line is answered by a JSON object on one line: the sizes after the command, or `{"error": …}`. What a command does
-//! is [`crate::control`]'s business.
+//! A line is answered by a JSON object on one line: the sizes after the command, or `{"error": …}`, see [`answer`]. What
+//! a command does is [`crate::control`]'s business.
+
+use std::fmt;
 
 use thiserror::Error;
 use virtio_mem::Handle;
@@ -21,7 +23,7 @@ pub enum Command {
     Freeze,
     /// End that.
     Thaw,
-    /// End the process.
+    /// End what serves the device.
     Quit,
 }
 
@@ -56,6 +58,32 @@ impl std::str::FromStr for Command {
             _ => Err(LineError::Unknown(line.trim().to_owned())),
         }
     }
+}
+
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Resize(size) => write!(f, "resize {size}"),
+            Self::Status => f.write_str("status"),
+            Self::Freeze => f.write_str("freeze"),
+            Self::Thaw => f.write_str("thaw"),
+            Self::Quit => f.write_str("quit"),
+        }
+    }
+}
+
+/// Does what a line says by `execute`: the answer, and whether to quit after it has been given.
+pub fn answer<E: From<LineError> + fmt::Display>(
+    line: &str,
+    execute: impl FnOnce(Command) -> Result<Report, E>,
+) -> (serde_json::Value, bool) {
+    let command = line.parse::<Command>();
+    let quit = matches!(command, Ok(Command::Quit));
+    let answer = match command.map_err(E::from).and_then(execute) {
+        Ok(report) => serde_json::json!(report),
+        Err(error) => serde_json::json!({ "error": error.to_string() }),
+    };
+    (answer, quit)
 }
 
 impl Command {
@@ -96,6 +124,7 @@ mod tests {
             ("quit", Command::Quit),
         ] {
             assert_eq!(line.parse::<Command>().unwrap(), command);
+            assert_eq!(command.to_string().parse::<Command>().unwrap(), command);
         }
         for (line, error) in [
             ("", "unknown command \"\""),
@@ -119,7 +148,7 @@ mod tests {
         assert_eq!((report.requested_size, report.plugged_size), (16 << 20, 0));
         assert_eq!(
             (report.usable_region_size, report.resident_size),
-            (64 << 20, 0)
+            (Some(64 << 20), 0)
         );
         assert!(Command::Freeze.execute(&handle).unwrap().frozen);
         assert!(!Command::Thaw.execute(&handle).unwrap().frozen);

@@ -12,7 +12,6 @@ use thiserror::Error;
 use virtio_mem::{BuildError, LentFiles, VirtioMem};
 use vm_memory::GuestAddress;
 
-use self::control::Command;
 use crate::signals;
 use crate::vfio_user::{Server, ServerError, ServerSocket, SocketError};
 
@@ -140,14 +139,7 @@ pub fn run(
             Event::Signal => break,
             Event::Failed(error) => return Err(error.into()),
         };
-        let command = line.parse::<Command>();
-        let quit = matches!(command, Ok(Command::Quit));
-        let answer = command
-            .and_then(|command| command.execute(&handle))
-            .map_or_else(
-                |error| serde_json::json!({ "error": error.to_string() }),
-                |report| serde_json::json!(report),
-            );
+        let (answer, quit) = control::answer(&line, |command| command.execute(&handle));
         say(&answer)?;
         if quit {
             break;

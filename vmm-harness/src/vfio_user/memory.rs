@@ -81,6 +81,15 @@ impl ClientMemory {
                     "the map reaches beyond its file",
                 ));
             }
+            // QEMU cuts a PC's memory at 640 KiB and at 1 MiB, which no huge page ends at.
+            let page_size = LentFiles::page_size_of(&file)?;
+            if ![offset, size]
+                .into_iter()
+                .all(|value| value.is_multiple_of(page_size))
+            {
+                let error = "memory in huge pages is not supported";
+                return Err(io::Error::new(io::ErrorKind::Unsupported, error));
+            }
             let before = range.start..range.end.min(device.start);
             let after = range.start.max(device.end)..range.end;
             let file = Arc::new(file);
@@ -192,4 +201,80 @@ fn whole_pages(address: u64, size: u64) -> io::Result<Range<u64>> {
 
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+    use std::thread;
+    use std::time::Duration;
+
+    use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+    use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+    use crate::events::EventLoop;
+
+    const START: u64 = 1 << 32;
+    const SIZE: u64 = 4 << 20;
+
+    /// A handler in the middle of a request, with memory as it was when the request came.
+    struct Busy {
+        notify: EventFd,
+        space: Space,
+        lent: LentFiles,
+        /// Whether the memory was there at the beginning, and was still there at the end.
+        seen: Sender<bool>,
+    }
+
+    impl MutEventSubscriber for Busy {
+        fn init(&mut self, ops: &mut EventOps) {
+            ops.add(Events::new(&self.notify, EventSet::IN)).unwrap();
+        }
+
+        fn process(&mut self, _: Events, _: &mut EventOps) {
+            self.notify.read().unwrap();
+            self.seen.send(self.lent.is_whole()).unwrap();
+            while self.space.memory().num_regions() > 0 {
+                thread::yield_now();
+            }
+            // New requests find no memory from here on. Time for an unmap that does not wait for this one.
+            thread::sleep(Duration::from_millis(100));
+            self.seen.send(self.lent.is_whole()).unwrap();
+        }
+    }
+
+    #[test]
+    fn unmap_waits_for_the_request_that_has_the_memory() {
+        let mut events = EventLoop::start().unwrap();
+        let lent = LentFiles::new(SIZE).unwrap();
+        let device = VirtioMem::builder(GuestAddress(START), lent.clone());
+        let device = device.block_size(2 << 20).build().unwrap();
+        let mut memory = ClientMemory::new(&device, lent.clone(), events.remote().clone());
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(SIZE).unwrap();
+        memory.map(START, SIZE, Some((file, 0))).unwrap();
+        assert_eq!(memory.space().memory().num_regions(), 1);
+
+        let notify = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (seen, received) = channel();
+        let busy = Busy {
+            notify: notify.try_clone().unwrap(),
+            space: memory.space().clone(),
+            lent: lent.clone(),
+            seen,
+        };
+        events.remote().add(Box::new(busy)).unwrap();
+        notify.write(1).unwrap();
+        assert_eq!(received.recv(), Ok(true));
+        memory.unmap(START, SIZE).unwrap();
+        assert_eq!(
+            received.try_recv(),
+            Ok(true),
+            "taken away from under a request"
+        );
+        assert!(!lent.is_whole());
+        events.stop();
+    }
 }

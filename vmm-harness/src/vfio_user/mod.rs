@@ -106,7 +106,8 @@ impl Server {
     }
 
     /// Waits for a client and serves it until it goes. Nothing of it is left when this returns: its memory is unmapped,
-    /// its descriptors are closed, and all blocks are unplugged, as if the machine had been switched off.
+    /// its descriptors are closed, and all blocks are unplugged. What it had plugged keeps its contents: the guest may run
+    /// on without the device.
     ///
     /// # Errors
     ///

@@ -38,19 +38,27 @@ impl Session {
         }
     }
 
-    /// The client is gone, and with it the machine: nothing of it stays.
+    /// The client is gone: nothing of it stays here. Its memory is left as it is, since its guest may run on without the
+    /// device; so it is unmapped before the blocks are unplugged, which then gives nothing back.
     pub(super) fn end(&mut self) {
-        self.system_reset();
+        self.transport.reset();
         self.irqs.clear();
         self.memory.unmap_all();
+        let device = self.transport.device();
+        // Whoever froze the device did so because of the memory that is gone now.
+        device.handle().thaw();
+        if let Err(error) = device.system_reset() {
+            log::error!("blocks of a client that is gone stay plugged: {error}");
+        }
     }
 
     /// All blocks are unplugged, which a reset of the device by its driver does not do.
-    fn system_reset(&self) {
+    fn system_reset(&self) -> io::Result<()> {
         self.transport.reset();
-        if let Err(error) = self.transport.device().system_reset() {
+        self.transport.device().system_reset().map_err(|error| {
             log::warn!("blocks stay plugged over a system reset: {error}");
-        }
+            io::Error::other(error)
+        })
     }
 }
 
@@ -112,8 +120,7 @@ impl ServerBackend for Session {
 
     /// DEVICE_RESET: the machine is reset. A driver that resets the device writes 0 to its status.
     fn reset(&mut self) -> io::Result<()> {
-        self.system_reset();
-        Ok(())
+        self.system_reset()
     }
 
     fn set_irqs(

@@ -73,6 +73,11 @@ pub(crate) fn refused(socket: &Path, args: &[&str]) -> (Option<i32>, String) {
 }
 
 impl Served {
+    /// The process's.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// A device of [`REGION`] bytes in blocks of [`BLOCK`], of which 16 MiB are requested.
     pub(crate) fn start() -> Self {
         Self::start_at(&socket_path())
@@ -182,7 +187,8 @@ pub(crate) struct GuestMemory {
 
 impl GuestMemory {
     pub(crate) fn new() -> Self {
-        let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+        let fd = rustix::fs::memfd_create("guest", flags).unwrap();
         let file = Arc::new(File::from(fd));
         file.set_len(RAM + REGION).unwrap();
         let part = |address, len, offset| {
@@ -195,6 +201,11 @@ impl GuestMemory {
         view.write_slice(&[0; RAM as usize], GuestAddress(0))
             .unwrap();
         Self { file, view }
+    }
+
+    /// From now on nobody can punch holes into it.
+    pub(crate) fn seal(&self) {
+        rustix::fs::fcntl_add_seals(&self.file, rustix::fs::SealFlags::FUTURE_WRITE).unwrap();
     }
 
     /// Bytes of the host's that RAM and region have, as the host counts them.
