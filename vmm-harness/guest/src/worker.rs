@@ -317,7 +317,7 @@ pub(crate) mod tests {
     }
 
     fn hotplug() -> SpinLock<Hotplug<Pages>> {
-        let pages = (0..PAGES).map(|_| UnsafeCell::new([0; 512])).collect();
+        let pages = (0..2 * PAGES).map(|_| UnsafeCell::new([0; 512])).collect();
         let mut hotplug = Hotplug::new(PROFILE, Pages(pages)).unwrap();
         hotplug.add_memory(&AddMemory::new(0, 1 << 17)).unwrap();
         hotplug.online(0, OnlineType::Movable).unwrap();
@@ -388,6 +388,79 @@ pub(crate) mod tests {
         assert!(hotplug.lock(|| ()).statistics().pages_migrated > 100);
         worker.finish();
         assert_eq!(get(&counters.pages_wrong), 0);
+    }
+
+    #[test]
+    fn pages_that_cannot_be_moved_are_given_back_in_time() {
+        let (hotplug, counters) = (hotplug(), WorkerCounters::default());
+        // Half of the memory is a kernel's own, so that there is room for all three kinds.
+        {
+            let mut hotplug = hotplug.lock(|| ());
+            hotplug
+                .add_memory(&AddMemory::new(1 << 17, 1 << 17))
+                .unwrap();
+            hotplug.online(1, OnlineType::Kernel).unwrap();
+        }
+        let mut worker = worker(&hotplug, &counters);
+        let many = Allowance {
+            pages: 16,
+            unmovable_one_in: Some(2),
+        };
+        let (mut most, mut stuck, mut pinned, mut kernels) = (0, 0, 0, 0);
+        for slice in 0..2000 {
+            worker.slice(many);
+            most = most.max(get(&counters.pages_unmovable));
+            assert_eq!(
+                get(&counters.pages_unmovable),
+                worker.unmovable.len() as u64
+            );
+            pinned += worker.unmovable.iter().filter(|page| page.pinned).count();
+            kernels += worker.unmovable.iter().filter(|page| !page.pinned).count();
+            let start = slice % 8 << 14;
+            let mut hotplug = hotplug.lock(|| ());
+            match hotplug.fake_offline(start, 1 << 14) {
+                Ok(()) => hotplug.fake_online(start, 1 << 14).unwrap(),
+                Err(_) => stuck += 1,
+            }
+        }
+        assert!((1..=8).contains(&most), "{most}");
+        assert!(pinned > 0 && kernels > 0, "{pinned} {kernels}");
+        assert!(stuck > 0, "pins are in nobody's way");
+        // None are added, and the last one goes: the longest time is 2^12 slices.
+        let none = Allowance {
+            unmovable_one_in: None,
+            ..many
+        };
+        for _ in 0..=1 << 12 {
+            worker.slice(none);
+        }
+        assert_eq!(get(&counters.pages_unmovable), 0);
+        assert!(get(&counters.pages_held) > 0);
+        worker.slice(many);
+        worker.finish();
+        assert_eq!(get(&counters.pages_held), 0);
+        assert_eq!(get(&counters.pages_wrong), 0);
+        let hotplug = hotplug.lock(|| ());
+        assert_eq!(hotplug.counts().free, 2 * PAGES as u64);
+        hotplug.check_invariants().unwrap();
+    }
+
+    #[test]
+    fn a_page_that_lost_its_pin_is_wrong() {
+        let (hotplug, counters) = (hotplug(), WorkerCounters::default());
+        let mut worker = worker(&hotplug, &counters);
+        let allowance = Allowance {
+            pages: 16,
+            unmovable_one_in: Some(1),
+        };
+        while worker.unmovable.is_empty() {
+            worker.slice(allowance);
+        }
+        let victim = worker.unmovable[0].page.handle;
+        assert!(worker.unmovable[0].pinned);
+        hotplug.lock(|| ()).unpin(victim).unwrap();
+        worker.finish();
+        assert_eq!(get(&counters.pages_wrong), 1);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What a run needs from packages: QEMU, a kernel with its driver, and a shell.
 
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -37,8 +37,20 @@ const STABLE: Suites = Suites {
 /// A browser that is only ever controlled.
 const BROWSER: &str = "chromium-headless-shell";
 
+/// Where its libraries are.
+const LIBRARIES: [&str; 3] = [
+    "usr/lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu/pulseaudio",
+    "lib/x86_64-linux-gnu",
+];
+
 /// Where its fonts are named.
-const FONTS: &str = "fonts.conf";
+const FONTS_FILE: &str = "fonts.conf";
+const FONTS: &str = r#"<fontconfig>
+  <dir prefix="relative">usr/share/fonts</dir>
+  <cachedir prefix="xdg">vmem-fonts</cachedir>
+</fontconfig>
+"#;
 
 /// What a program takes from the machine it runs on.
 const C_LIBRARY: [&str; 8] = [
@@ -154,11 +166,7 @@ impl Browser {
                         fs::remove_file(&path).map_err(LinuxError::file(path))?;
                     }
                 }
-                fs::write(
-                    root.join(FONTS),
-                    fonts(&dir.with_extension("").join("root")),
-                )
-                .map_err(LinuxError::file(root))?;
+                fs::write(root.join(FONTS_FILE), FONTS).map_err(LinuxError::file(root))?;
                 Ok(packages)
             })
         })?;
@@ -169,27 +177,13 @@ impl Browser {
     #[must_use]
     pub fn command(&self) -> Command {
         let root = self.0.join("root");
-        let mut libraries = OsString::new();
-        for (index, dir) in ["usr/lib", "lib"].iter().enumerate() {
-            if index > 0 {
-                libraries.push(":");
-            }
-            libraries.push(root.join(dir).join("x86_64-linux-gnu"));
-        }
+        let libraries = LIBRARIES.map(|dir| root.join(dir).into_os_string());
         let mut command = Command::new(root.join("usr/lib/chromium").join(BROWSER));
         command
-            .env("LD_LIBRARY_PATH", libraries)
-            .env("FONTCONFIG_FILE", root.join(FONTS));
+            .env("LD_LIBRARY_PATH", libraries.join(OsStr::new(":")))
+            .env("FONTCONFIG_FILE", root.join(FONTS_FILE));
         command
     }
-}
-
-/// A configuration of fontconfig for the fonts below `root`.
-fn fonts(root: &Path) -> String {
-    let root = root.display();
-    format!(
-        "<fontconfig><dir>{root}/usr/share/fonts</dir><cachedir>{root}/fonts-cache</cachedir></fontconfig>\n"
-    )
 }
 
 /// A kernel and its modules, in the cache.

@@ -1,7 +1,11 @@
 //! What a stress run leaves behind to be looked at: a page with plots, and the data behind it.
 
-use std::fs::File;
-use std::io::{self, BufWriter};
+mod page;
+mod plots;
+mod svg;
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use serde::Serialize;
@@ -148,7 +152,40 @@ impl Recording {
 ///
 /// If a file cannot be written.
 pub fn write(dir: &Path, recording: &Recording) -> io::Result<()> {
-    let json = BufWriter::new(File::create(dir.join("report.json"))?);
-    serde_json::to_writer(json, recording)?;
+    fs::write(dir.join("index.html"), page::page(recording))?;
+    let mut json = BufWriter::new(File::create(dir.join("report.json"))?);
+    serde_json::to_writer(&mut json, recording)?;
+    json.flush()?;
+    let mut csv = BufWriter::new(File::create(dir.join("samples.csv"))?);
+    samples(recording, &mut csv)?;
+    csv.flush()
+}
+
+/// All samples of all guests as lines of numbers, below a line of names.
+fn samples(recording: &Recording, out: &mut dyn Write) -> io::Result<()> {
+    writeln!(
+        out,
+        "vm,seconds,requested,plugged,online,resident,resizes,blocks_plugged,blocks_unplugged,pages_verified"
+    )?;
+    for (index, vm) in recording.vms.iter().enumerate() {
+        for sample in &vm.samples {
+            let Sample {
+                seconds,
+                requested,
+                plugged,
+                online,
+                resident,
+                resizes,
+                blocks_plugged,
+                blocks_unplugged,
+                pages_verified,
+            } = sample;
+            writeln!(
+                out,
+                "{index},{seconds:.6},{requested},{plugged},{online},{resident},{resizes},{blocks_plugged},\
+                 {blocks_unplugged},{pages_verified}"
+            )?;
+        }
+    }
     Ok(())
 }

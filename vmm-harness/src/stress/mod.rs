@@ -45,7 +45,7 @@ use self::record::Recorder;
 use self::stop::Stop;
 use crate::demo::options::Plan;
 use crate::demo::{DemoError, DemoOptions};
-use crate::{report, signals};
+use crate::{GuestKind, open_kvm, report, signals};
 
 /// How often whoever waits for a run hears of it.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -214,6 +214,16 @@ pub fn run(
     options.guest.check()?;
     if options.vm_count == 0 {
         return Err(DemoError::Options("no guest is to run".into()));
+    }
+    let stalls = options.faults.contains(&Fault::Stall);
+    let on_kvm = match options.guest.guest {
+        GuestKind::InProcess => false,
+        GuestKind::Auto => open_kvm().is_ok(),
+        GuestKind::Kvm => true,
+    };
+    if stalls && !on_kvm {
+        let reason = "a vCPU can be stalled on KVM only; leave `stall` out of the faults";
+        return Err(DemoError::Options(reason.into()));
     }
     let capacity = plan.capacity().saturating_mul(options.vm_count as u64);
     let budget = Budget::new(options.vm_count, options.budget.unwrap_or(capacity));

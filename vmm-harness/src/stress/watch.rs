@@ -87,3 +87,130 @@ impl Watch {
         Err(CheckFailed::new("no-resize-is-stuck", found))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use virtio_mem_driver::driver::{Mode, Strategy};
+    use virtio_mem_wire::BlockMap;
+    use vmem_guest::abi::Shortfall;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+    const TARGET: u64 = 8 << 20;
+
+    fn status(plugged_size: u64) -> Status {
+        Status {
+            requested_size: TARGET,
+            plugged_size,
+            usable_region_size: 1 << 30,
+            slot_count: 1,
+            frozen: false,
+            last_answer: None,
+            failure: None,
+        }
+    }
+
+    fn report(driver_state: DriverState, requested_size: u64) -> Report {
+        Report {
+            driver_state: Some(driver_state),
+            requested_size,
+            plugged_size: 0,
+            online_size: 0,
+            pages_moved: 0,
+            interrupts: 0,
+            requests: 0,
+            strategy: Strategy::Direct,
+            mode: Mode::SubBlock,
+            granule_size: 2 << 20,
+            unreachable: 0,
+            unreachable_reason: Some(Shortfall::None),
+            workers: Vec::new(),
+            view: BlockMap::new(1),
+            message: None,
+        }
+    }
+
+    /// After how many seconds it is found that nothing happens, if it is within 1000.
+    fn stuck_after(mut look: impl FnMut(u64) -> (Status, Counters, Report)) -> Option<u64> {
+        let begun = Instant::now();
+        let mut watch = Watch::new(LIMIT, begun);
+        (0..1000).find(|seconds| {
+            let (status, counters, report) = look(*seconds);
+            let now = begun + Duration::from_secs(*seconds);
+            let seen = watch.observe(now, &status, &counters, &report);
+            assert!(
+                seen.as_ref().is_ok() || seen.as_ref().unwrap_err().name == "no-resize-is-stuck"
+            );
+            seen.is_err()
+        })
+    }
+
+    #[test]
+    fn nothing_without_a_reason_is_stuck_and_with_one_it_takes_longer() {
+        let none = Counters::default();
+        let converging = report(DriverState::Converging, TARGET);
+        let stalled = report(DriverState::Stalled, TARGET);
+        let of_another_target = report(DriverState::Stalled, 0);
+        assert_eq!(
+            stuck_after(|_| (status(0), none, converging.clone())),
+            Some(31)
+        );
+        assert_eq!(
+            stuck_after(|_| (status(0), none, of_another_target.clone())),
+            Some(31)
+        );
+        assert_eq!(
+            stuck_after(|_| (status(0), none, stalled.clone())),
+            Some(121)
+        );
+        let busy = Status {
+            last_answer: Some((Answer::Busy, Instant::now())),
+            ..status(0)
+        };
+        assert_eq!(
+            stuck_after(|_| (busy.clone(), none, converging.clone())),
+            Some(121)
+        );
+        // It begins again with the last progress.
+        let late = |seconds: u64| {
+            (
+                status(if seconds < 100 { 0 } else { 1 << 20 }),
+                none,
+                stalled.clone(),
+            )
+        };
+        assert_eq!(stuck_after(late), Some(221));
+    }
+
+    #[test]
+    fn requests_that_are_not_carried_out_are_no_progress() {
+        let count = |answer: Answer| {
+            move |seconds: u64| {
+                let mut counters = Counters::default();
+                counters.requests[RequestKind::Plug as usize][answer as usize] = seconds;
+                (status(0), counters, report(DriverState::Converging, TARGET))
+            }
+        };
+        assert_eq!(stuck_after(count(Answer::Ack)), None);
+        assert_eq!(stuck_after(count(Answer::Nack)), Some(31));
+    }
+
+    #[test]
+    fn who_has_arrived_or_is_held_off_is_not_stuck() {
+        let none = Counters::default();
+        let converging = report(DriverState::Converging, TARGET);
+        assert_eq!(
+            stuck_after(|_| (status(TARGET), none, converging.clone())),
+            None
+        );
+        let frozen = Status {
+            frozen: true,
+            ..status(0)
+        };
+        assert_eq!(
+            stuck_after(|_| (frozen.clone(), none, converging.clone())),
+            None
+        );
+    }
+}
