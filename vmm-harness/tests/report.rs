@@ -224,11 +224,12 @@ fn the_report_is_whole_self_contained_and_readable() {
     let page = dir.path().join("index.html");
     let mut browser = match Browser::open(&page, 1000, 900) {
         Ok(browser) => browser,
-        Err(reason) => {
+        Err(error) => {
+            assert!(error.is_about_packages(), "{error}");
             let mut stderr = std::io::stderr().lock();
             writeln!(
                 stderr,
-                "SKIPPED the_report_is_whole_self_contained_and_readable: no browser: {reason}"
+                "SKIPPED the_report_is_whole_self_contained_and_readable: packages cannot be had: {error}"
             )
             .unwrap();
             return;
@@ -246,8 +247,8 @@ fn the_report_is_whole_self_contained_and_readable() {
         assert_eq!(found.get(&element), Some(&count), "{element:?}");
     }
     for figure in ["memory-all", "rate-moved", "rate-verified", "rate-resizes"] {
-        let points = found.iter().find(|((id, _), _)| id == figure);
-        assert!(points.is_some_and(|(_, count)| *count > 2), "{figure}");
+        let mut lines = found.iter().filter(|((id, _), _)| id == figure);
+        assert!(lines.any(|(_, count)| *count > 2), "{figure}");
     }
 
     for (media, scheme) in [("screen", "light"), ("screen", "dark"), ("print", "light")] {

@@ -8,6 +8,7 @@
 #[expect(dead_code, reason = "a stress run makes its own devices")]
 mod common;
 
+use std::io::Read;
 use std::sync::atomic::AtomicBool;
 
 use common::{LONG, kvm_or_skip};
@@ -215,5 +216,113 @@ fn every_pattern_comes_to_an_end_when_it_is_interrupted() {
         let run = run.unwrap();
         assert!(run.interrupted && run.failure.is_none());
         assert!(run.summary.resizes >= 3);
+    }
+}
+
+fn vmem(shell: &str, args: &str) -> std::process::Output {
+    std::process::Command::new("sh")
+        .arg("-c")
+        .arg(format!(
+            "{shell} exec \"$0\" stress --guest in-process --region 256M {args}"
+        ))
+        .arg(env!("CARGO_BIN_EXE_vmem"))
+        .env_remove("VMEM_SEED")
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn a_failure_is_told_with_its_seed_and_the_line_that_repeats_it() {
+    // Too few descriptors for a guest.
+    let run = vmem("ulimit -n 8;", "--resizes 5 --pattern sawtooth");
+    let (out, err) = (text(&run.stdout), text(&run.stderr));
+    assert_eq!(run.status.code(), Some(1), "{err}");
+    assert!(out.contains("1 failure, which has ended the run"), "{out}");
+    let repeats = err
+        .lines()
+        .find(|line| line.starts_with("VMEM_SEED="))
+        .unwrap();
+    let seed = repeats
+        .strip_prefix("VMEM_SEED=")
+        .unwrap()
+        .split(';')
+        .next()
+        .unwrap();
+    let command = "vmem stress --guest in-process --region 256M --resizes 5 --pattern sawtooth";
+    let expected = format!("VMEM_SEED={seed}; to repeat: {command} --seed {seed}");
+    assert_eq!(repeats, expected);
+    assert!(
+        err.contains("vmem: guest 0, resize 0 to 0 bytes: "),
+        "{err}"
+    );
+}
+
+#[test]
+fn the_summary_and_its_json_say_what_was_done() {
+    let run = vmem("", "--resizes 5 --seed 3");
+    let out = text(&run.stdout);
+    assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
+    assert!(out.ends_with("0 failures\n"), "{out}");
+    assert!(
+        out.contains("in-process, as asked, seed 3\n6 resizes in "),
+        "{out}"
+    );
+    let run = vmem("VMEM_SEED=9; export VMEM_SEED;", "--resizes 5 --json");
+    let json: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap();
+    assert_eq!(json["outcome"], "passed");
+    assert_eq!(json["run"]["seed"], 9);
+    assert_eq!(json["summary"]["resizes"], 6);
+    assert!(json["summary"]["requests"][0]["count"].as_u64().unwrap() > 0);
+    assert!(json.get("vms").is_none());
+}
+
+#[test]
+fn a_signal_ends_a_run_in_order() {
+    let mut run = std::process::Command::new(env!("CARGO_BIN_EXE_vmem"))
+        .args([
+            "stress",
+            "--guest",
+            "in-process",
+            "--region",
+            "256M",
+            "--duration",
+            "1h",
+        ])
+        .args(["--pattern", "burst"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Its threads are there once it has a guest: signals are waited for by then.
+    let threads = format!("/proc/{}/task", run.id());
+    while std::fs::read_dir(&threads).unwrap().count() < 4 {
+        std::thread::yield_now();
+    }
+    let pid = rustix::process::Pid::from_child(&run);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let mut out = String::new();
+    run.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+    assert_eq!(run.wait().unwrap().code(), Some(4), "{out}");
+    assert!(
+        out.ends_with("0 failures until it was ended early\n"),
+        "{out}"
+    );
+}
+
+#[test]
+fn options_that_do_not_go_together_are_refused() {
+    for args in [
+        "--faults stall",
+        "--faults nonsense",
+        "--vms 0",
+        "--region 1M",
+        "--duration 1s --resizes 1",
+        "--duration soon",
+    ] {
+        let run = vmem("", args);
+        assert_eq!(run.status.code(), Some(2), "{args}: {}", text(&run.stderr));
     }
 }
