@@ -161,6 +161,10 @@ pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
         stuck_after: args.stuck_after,
         guest,
     };
+    if !options.faults.is_empty() && env::var_os("RUST_LOG").is_none() {
+        // Failures are what was asked for.
+        log::set_max_level(log::LevelFilter::Error);
+    }
     if let Some(dir) = &args.report {
         // Before the run, not after it.
         fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;

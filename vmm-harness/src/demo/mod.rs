@@ -204,7 +204,8 @@ pub struct Rogue {
 /// [`DemoError`]: bad options, a guest that does not start or get on, or a failed check with its name.
 pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoError> {
     let plan = Plan::new(options)?;
-    check_pool(options, &plan)?;
+    let most = plan.targets.iter().max().copied().unwrap_or(0);
+    check_pool(options.backing, most)?;
     let (config, device) = options.machine_for(&plan, Faults::default())?;
     let mut machine = Machine::start(&config, device)?;
     let handle = machine.handle();
@@ -250,20 +251,16 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
     Ok(summary)
 }
 
-/// Plugging more than the pool of huge pages holds is BUSY, and the demonstration would wait for somebody to
-/// fill it.
-fn check_pool(options: &DemoOptions, plan: &Plan) -> Result<(), DemoError> {
+/// Plugging more than the pool of huge pages holds is BUSY, and whoever plugs up to `most` bytes would wait for somebody
+/// to fill it.
+pub(crate) fn check_pool(backing: BackingKind, most: u64) -> Result<(), DemoError> {
     const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-    if options.backing != BackingKind::Hugetlb2m {
+    if backing != BackingKind::Hugetlb2m {
         return Ok(());
     }
     let text = std::fs::read_to_string(POOL).unwrap_or_default();
     let free: u64 = text.trim().parse().unwrap_or(0);
-    let needed = plan
-        .targets
-        .iter()
-        .max()
-        .map_or(0, |most| most.div_ceil(2 << 20));
+    let needed = most.div_ceil(2 << 20);
     match free < needed {
         true => Err(DemoError::HugePages { needed, free }),
         false => Ok(()),

@@ -44,7 +44,7 @@ use self::operator::Operator;
 use self::record::Recorder;
 use self::stop::Stop;
 use crate::demo::options::Plan;
-use crate::demo::{DemoError, DemoOptions};
+use crate::demo::{DemoError, DemoOptions, check_pool};
 use crate::{GuestKind, open_kvm, report, signals};
 
 /// How often whoever waits for a run hears of it.
@@ -226,7 +226,9 @@ pub fn run(
         return Err(DemoError::Options(reason.into()));
     }
     let capacity = plan.capacity().saturating_mul(options.vm_count as u64);
-    let budget = Budget::new(options.vm_count, options.budget.unwrap_or(capacity));
+    let most = options.budget.unwrap_or(capacity);
+    check_pool(options.guest.backing, most.min(capacity))?;
+    let budget = Budget::new(options.vm_count, most);
     let state = || VmState {
         recorder: Mutex::new(Recorder::new()),
         summary: Mutex::default(),
