@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Lines, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,6 +30,12 @@ const MIB: u64 = 1 << 20;
 
 /// Bytes of a body the servers here take.
 const BODY_LIMIT: usize = 32 << 10;
+
+/// For a server that is broken; nothing here depends on how fast the machine is.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Signs of life an event may take.
+const HEARTBEATS: usize = 12;
 
 /// A server, and the guest it controls.
 struct Rig {
@@ -54,7 +60,7 @@ impl Rig {
         };
         let instance = Arc::new(Instance::new(options).unwrap());
         let limits = Limits {
-            streams: 1,
+            streams: 2,
             body: BODY_LIMIT,
             body_time: Duration::from_millis(200),
             head_time: Duration::from_secs(1),
@@ -113,12 +119,36 @@ impl Rig {
 
     /// Bytes as they are, on a connection of their own; everything that comes back until the server closes it.
     fn raw(&self, bytes: &[u8]) -> String {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        let mut stream = self.connect();
         // A server that has refused the beginning need not read the rest.
         let _ = stream.write_all(bytes);
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
-        String::from_utf8_lossy(&answer).into_owned()
+        read_all(&mut stream)
+    }
+
+    /// A connection on which no read lasts forever.
+    fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// The lines of an event stream, from its beginning on: nothing is missed.
+    fn events(&self, last_id: Option<u64>) -> Lines<BufReader<UnixStream>> {
+        let mut stream = self.connect();
+        let last_id = last_id.map(|id| format!("Last-Event-ID: {id}\r\n"));
+        let head = last_id.unwrap_or_default();
+        write!(stream, "GET /events HTTP/1.1\r\nHost: vmem\r\n{head}\r\n").unwrap();
+        let mut lines = BufReader::new(stream).lines();
+        let begin = lines.by_ref().map(Result::unwrap);
+        let head: Vec<_> = begin.take_while(|line| line != ": connected").collect();
+        assert!(head[0].starts_with("HTTP/1.1 200"), "{head:?}");
+        let content_type = "content-type: text/event-stream";
+        assert!(
+            head.iter()
+                .any(|line| line.eq_ignore_ascii_case(content_type)),
+            "{head:?}"
+        );
+        lines
     }
 
     /// All there is to know, but for what a guest counts while it runs.
@@ -135,6 +165,16 @@ impl Rig {
             operations.1
         ])
     }
+}
+
+/// What comes until the server closes the connection, however it does that.
+fn read_all(stream: &mut UnixStream) -> String {
+    let mut answer = Vec::new();
+    if let Err(error) = stream.read_to_end(&mut answer) {
+        let late = error.kind() == ErrorKind::WouldBlock;
+        assert!(!late, "neither answered nor closed: {answer:?}");
+    }
+    String::from_utf8_lossy(&answer).into_owned()
 }
 
 impl Drop for Rig {
@@ -321,18 +361,8 @@ fn server_answers_as_the_document_says() {
         512
     );
 
-    // The stream has no end; its head is enough here, and while it is open there is no place for another.
-    let mut stream = UnixStream::connect(&rig.socket).unwrap();
-    stream
-        .write_all(b"GET /events HTTP/1.1\r\nHost: vmem\r\n\r\n")
-        .unwrap();
-    let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
-    let head: Vec<_> = lines.by_ref().take_while(|line| !line.is_empty()).collect();
-    assert!(head[0].starts_with("HTTP/1.1 200"), "{head:?}");
-    assert!(
-        head.iter()
-            .any(|line| line.eq_ignore_ascii_case("content-type: text/event-stream"))
-    );
+    // The stream has no end; its head is enough here, and while two are open there is no place for another.
+    let _streams = [(); 2].map(|()| rig.events(None));
     let events = endpoint("GET", "/events");
     conformance.seen.insert((events.clone(), 200));
     let answer = conformance.check(&rig, &events, "/events", "");
@@ -592,14 +622,17 @@ fn sizes_the_device_cannot_have_are_refused_with_the_reason() {
 
 /// Events of a stream until one that is `last`, all of them as the document says.
 fn events_until(
-    stream: &mut impl Iterator<Item = String>,
+    stream: &mut Lines<BufReader<UnixStream>>,
     last: impl Fn(&Value) -> bool,
 ) -> Vec<Value> {
     let document = Document::new();
     let schema = document.validator(&document.schema("Event"));
     let mut events = Vec::new();
-    for line in stream {
+    let mut heartbeats = 0;
+    for line in stream.map(Result::unwrap) {
         let Some(data) = line.strip_prefix("data: ") else {
+            heartbeats += usize::from(line.starts_with(':'));
+            assert!(heartbeats < HEARTBEATS, "it does not come: {events:?}");
             continue;
         };
         let event: Value = serde_json::from_str(data).unwrap();
@@ -617,13 +650,7 @@ fn events_until(
 fn operations_are_numbered_waited_for_superseded_and_told_of() {
     on_both("operations", |guest| {
         let rig = Rig::started(guest, 64);
-        let mut stream = UnixStream::connect(&rig.socket).unwrap();
-        stream
-            .write_all(b"GET /events HTTP/1.1\r\nHost: vmem\r\n\r\n")
-            .unwrap();
-        let mut lines = BufReader::new(stream).lines().map(Result::unwrap);
-        // From here on nothing is missed.
-        assert!(lines.by_ref().any(|line| line == ": connected"));
+        let mut stream = rig.events(None);
         rig.resize(256 * MIB);
         assert_eq!(
             rig.json("PUT", "/hotplug/memory/freeze", &Value::Null).0,
@@ -653,7 +680,7 @@ fn operations_are_numbered_waited_for_superseded_and_told_of() {
             (&json!(128), &Value::Null)
         );
 
-        let events = events_until(&mut lines, |event| {
+        let events = events_until(&mut stream, |event| {
             event["id"] == 3 && event["state"] == "settled"
         });
         let ends: Vec<_> = events
@@ -677,7 +704,73 @@ fn operations_are_numbered_waited_for_superseded_and_told_of() {
         let (_, status) = rig.instance.stop().unwrap();
         assert_eq!(status.pages_wrong, 0);
         assert!(status.pages_verified > 0);
+        let end = events_until(&mut stream, |event| event["event"] == "ended");
+        assert_eq!(end.last().unwrap()["outcome"], "the guest is done");
     });
+}
+
+/// The number of each event of a stream is its own, so that a client that comes back hears the rest.
+#[test]
+fn stream_goes_on_after_the_last_event_a_client_has() {
+    let rig = Rig::started(GuestKind::InProcess, 0);
+    let mut stream = rig.events(None);
+    let frozen = |frozen: &str| {
+        let path = format!("/hotplug/memory/{frozen}");
+        assert_eq!(rig.json("PUT", &path, &Value::Null).0, 204);
+    };
+    frozen("freeze");
+    let ids = |lines: &mut Lines<BufReader<UnixStream>>, last: &str| -> Vec<u64> {
+        let mut ids = Vec::new();
+        let mut found = false;
+        for line in lines.map(Result::unwrap) {
+            if let Some(id) = line.strip_prefix("id: ") {
+                ids.push(id.parse().unwrap());
+            }
+            found |= line.contains(last);
+            if found && line.is_empty() {
+                break;
+            }
+        }
+        ids
+    };
+    let first = ids(&mut stream, "frozen");
+    drop(stream);
+    frozen("thaw");
+    let last = first.last().unwrap();
+    let mut back = rig.events(Some(*last));
+    assert_eq!(ids(&mut back, "thawed"), [last + 1]);
+    let answer = rig
+        .raw(b"GET /events HTTP/1.1\r\nHost: x\r\nConnection: close\r\nLast-Event-ID: x\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+}
+
+/// The body is right but for a field nobody knows: without that, it is taken.
+#[test]
+fn fields_nobody_knows_are_refused_by_name() {
+    let saved = Rig::started(GuestKind::InProcess, 0);
+    let _ = saved.json("PUT", "/hotplug/memory/freeze", &Value::Null);
+    let state = saved.get("/hotplug/memory/state");
+    let fresh = || Rig::new(GuestKind::InProcess, 0);
+    let started = || Rig::started(GuestKind::InProcess, 0);
+    let config = json!({"total_size_mib": 1024, "block_size_mib": 2});
+    let start = json!({"action_type": "InstanceStart"});
+    let resize = json!({"requested_size": "64M"});
+    let cases: [(fn() -> Rig, _, _, _); 5] = [
+        (fresh, "PUT", "/hotplug/memory", config),
+        (fresh, "PUT", "/actions", start),
+        (fresh, "PUT", "/hotplug/memory/state", state),
+        (started, "PATCH", "/hotplug/memory", resize.clone()),
+        (started, "POST", "/operations", resize),
+    ];
+    for (rig, method, path, body) in cases {
+        let rig = rig();
+        let mut unknown = body.clone();
+        unknown["sise"] = json!(1);
+        let (status, fault) = rig.json(method, path, &unknown);
+        assert_eq!(status, 400, "{method} {path}: {fault}");
+        let (status, answer) = rig.json(method, path, &body);
+        assert!([201, 204].contains(&status), "{method} {path}: {answer}");
+    }
 }
 
 #[test]
@@ -748,11 +841,10 @@ fn silent_connections_are_closed_and_the_socket_is_its_users_only() {
     assert_eq!(mode & 0o777, 0o600);
     // More than are served at a time: those that say nothing lose their place.
     let silent: Vec<_> = (0..Limits::default().connections)
-        .map(|_| UnixStream::connect(&rig.socket).unwrap())
+        .map(|_| rig.connect())
         .collect();
     assert_eq!(rig.get("/")["state"], "Not started");
     for mut stream in silent {
-        let mut rest = Vec::new();
-        stream.read_to_end(&mut rest).unwrap();
+        assert_eq!(read_all(&mut stream), "");
     }
 }

@@ -1,5 +1,6 @@
 //! From the first vCPU that runs to the outcome.
 
+use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,10 +15,22 @@ pub(crate) struct Lifecycle {
     changed: Condvar,
 }
 
-#[derive(Debug)]
 struct State {
     running: usize,
     outcome: Option<Outcome>,
+    /// Who is to hear of the outcome, while there is none.
+    listeners: Vec<Listener>,
+}
+
+type Listener = Box<dyn FnOnce(&Outcome) + Send>;
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State")
+            .field("running", &self.running)
+            .field("outcome", &self.outcome)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Lifecycle {
@@ -26,6 +39,7 @@ impl Lifecycle {
             state: Mutex::new(State {
                 running: vcpu_count,
                 outcome: None,
+                listeners: Vec::new(),
             }),
             changed: Condvar::new(),
         }
@@ -36,15 +50,33 @@ impl Lifecycle {
         let mut state = self.lock();
         state.running = state.running.saturating_sub(1);
         if state.running == 0 {
-            state.outcome.get_or_insert(Outcome::Exited);
+            drop(state);
+            self.finish(Outcome::Exited);
         }
-        self.changed.notify_all();
     }
 
     /// The guest ends like this, unless it has ended already.
     pub(crate) fn finish(&self, outcome: Outcome) {
-        self.lock().outcome.get_or_insert(outcome);
+        let mut state = self.lock();
+        let outcome = state.outcome.get_or_insert(outcome).clone();
+        let listeners = std::mem::take(&mut state.listeners);
+        drop(state);
         self.changed.notify_all();
+        for listener in listeners {
+            listener(&outcome);
+        }
+    }
+
+    /// Calls `listener` once, at the end, on the thread that finds it; at once if the guest has ended already.
+    pub(crate) fn on_end(&self, listener: impl FnOnce(&Outcome) + Send + 'static) {
+        let mut state = self.lock();
+        match state.outcome.clone() {
+            None => state.listeners.push(Box::new(listener)),
+            Some(outcome) => {
+                drop(state);
+                listener(&outcome);
+            }
+        }
     }
 
     pub(crate) fn outcome(&self) -> Option<Outcome> {
@@ -97,4 +129,29 @@ impl Lifecycle {
 pub(crate) enum NotDone {
     Ended(Outcome),
     Late,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn who_listens_hears_of_the_first_outcome_once_and_who_comes_late_at_once() {
+        let lifecycle = Lifecycle::new(2);
+        let (told, heard) = channel();
+        let listener = |told: &std::sync::mpsc::Sender<Outcome>| {
+            let told = told.clone();
+            move |outcome: &Outcome| told.send(outcome.clone()).unwrap()
+        };
+        lifecycle.on_end(listener(&told));
+        lifecycle.vcpu_exited();
+        assert!(heard.try_recv().is_err());
+        lifecycle.vcpu_exited();
+        lifecycle.finish(Outcome::Stopped);
+        assert_eq!(heard.try_iter().collect::<Vec<_>>(), [Outcome::Exited]);
+        lifecycle.on_end(listener(&told));
+        assert_eq!(heard.try_iter().collect::<Vec<_>>(), [Outcome::Exited]);
+    }
 }

@@ -354,6 +354,11 @@ impl Machine {
         self.lifecycle.outcome()
     }
 
+    /// Calls `listener` once when the guest ends, on a thread of the machine's; at once if it has ended already.
+    pub fn on_end(&self, listener: impl FnOnce(&Outcome) + Send + 'static) {
+        self.lifecycle.on_end(listener);
+    }
+
     /// Waits for the guest's end; `None` if it still runs after `timeout`.
     #[must_use]
     pub fn wait(&self, timeout: Duration) -> Option<Outcome> {

@@ -3,8 +3,7 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::sync::mpsc::channel;
 
 use thiserror::Error;
 
@@ -13,9 +12,6 @@ use crate::control::{Instance, InstanceError};
 use crate::demo::{DemoError, DemoOptions};
 use crate::socket::{ServerSocket, SocketError};
 use crate::{Outcome, signals};
-
-/// How often to look whether the guest has ended by itself.
-const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What to run, and where it is controlled.
 #[derive(Clone, Debug)]
@@ -65,13 +61,14 @@ impl RunError {
 pub fn run(options: &RunOptions, output: &mut dyn Write) -> Result<(), RunError> {
     let host = |what| move |error| RunError::Host(what, error);
     // Before there is a file to leave behind.
-    let (signal, signalled) = channel();
+    let (signal, woken) = channel();
+    let ended = signal.clone();
     let tell = move || {
         // An error is that nobody waits any more.
         let _ = signal.send(());
     };
     signals::on_termination(tell).map_err(host("signals"))?;
-    let instance = Arc::new(Instance::new(options.guest.clone())?);
+    let instance = Arc::new(Instance::new(options.guest.clone())?.telling(ended));
     let socket = ServerSocket::bind(&options.api_sock)?;
     if options.start {
         instance.start(None)?;
@@ -92,15 +89,9 @@ pub fn run(options: &RunOptions, output: &mut dyn Write) -> Result<(), RunError>
         "{guest}; control API at {path}, process {}",
         std::process::id()
     ))?;
-    let ended = loop {
-        match signalled.recv_timeout(LOOK_INTERVAL) {
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => break None,
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-        if let Some(outcome) = instance.outcome() {
-            break Some(outcome);
-        }
-    };
+    // By a signal, or by the guest; the instance has a sender, so there is no error.
+    let _ = woken.recv();
+    let ended = instance.outcome();
     let stopped = instance.stop();
     // Only now, so that who listens to events may hear of the end.
     drop(server);

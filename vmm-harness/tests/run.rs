@@ -2,12 +2,14 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::thread;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -28,10 +30,37 @@ fn output(args: &[&str]) -> (i32, String, String) {
     (status.code().unwrap(), text(stdout), text(stderr))
 }
 
-/// A `vmem run` that listens.
+/// For a `vmem` that is broken; nothing here depends on how fast the machine is.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 60,
+    tv_nsec: 0,
+};
+
+/// A `vmem run` that listens; it does not outlive the test.
 struct Running {
     child: Child,
-    stdout: BufReader<ChildStdout>,
+    stdout: BufReader<Patient<ChildStdout>>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // An error is that it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Fails to read what does not come.
+struct Patient<T>(T);
+
+impl<T: Read + AsFd> Read for Patient<T> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let readable = PollFd::new(&self.0, PollFlags::IN);
+        match poll(&mut [readable], Some(&PATIENCE))? {
+            0 => Err(ErrorKind::TimedOut.into()),
+            _ => self.0.read(buffer),
+        }
+    }
 }
 
 impl Running {
@@ -39,11 +68,12 @@ impl Running {
         let mut command = vmem(&["run", "--guest", "in-process"]);
         command.args(args).arg("--api-sock").arg(socket);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let stdout = BufReader::new(Patient(child.stdout.take().unwrap()));
+        let mut running = Self { child, stdout };
         let mut line = String::new();
-        stdout.read_line(&mut line).unwrap();
+        running.stdout.read_line(&mut line).unwrap();
         assert!(line.contains("control API at"), "{line}");
-        Self { child, stdout }
+        running
     }
 
     fn signal(&self, signal: Signal) {

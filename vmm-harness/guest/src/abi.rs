@@ -155,8 +155,24 @@ pub enum Shortfall {
     Remainder = 1,
     /// No whole memory block, or big block, of the region is left.
     Capacity = 2,
-    /// Something that may pass.
-    Other = 3,
+    /// Only offline memory may be unplugged.
+    OnlineMemory = 3,
+    /// The device has answered BUSY.
+    DeviceBusy = 4,
+    /// The device refuses to plug (NACK) though its target says it should.
+    Refused = 5,
+    /// Nothing that is still plugged could be emptied.
+    MemoryInUse = 6,
+    /// There is no memory for the metadata of more memory.
+    NoMetadata = 7,
+    /// The hotplug core does not add memory that was plugged.
+    NotAdded = 8,
+    /// The hotplug core does not let go of memory of which nothing is plugged any more.
+    NotRemoved = 9,
+    /// Too much memory is offline to add more.
+    OfflineThreshold = 10,
+    /// The configuration of the device does not come to rest.
+    ConfigUnstable = 11,
 }
 
 impl Shortfall {
@@ -167,7 +183,15 @@ impl Shortfall {
             0 => Self::None,
             1 => Self::Remainder,
             2 => Self::Capacity,
-            3 => Self::Other,
+            3 => Self::OnlineMemory,
+            4 => Self::DeviceBusy,
+            5 => Self::Refused,
+            6 => Self::MemoryInUse,
+            7 => Self::NoMetadata,
+            8 => Self::NotAdded,
+            9 => Self::NotRemoved,
+            10 => Self::OfflineThreshold,
+            11 => Self::ConfigUnstable,
             _ => return None,
         })
     }

@@ -398,13 +398,24 @@ fn driver_bits<H: Hal, T: Transport>(driver: &MemDriver<H, T>) -> u64 {
 }
 
 fn shortfall(unreachable: Option<Unreachable>) -> Shortfall {
-    match unreachable.map(|unreachable| unreachable.reason) {
-        None => Shortfall::None,
-        Some(UnreachableReason::Remainder { .. }) => Shortfall::Remainder,
-        Some(UnreachableReason::Capacity | UnreachableReason::Stalled(Stall::NoSpace)) => {
-            Shortfall::Capacity
-        }
-        Some(_) => Shortfall::Other,
+    let Some(Unreachable { reason, .. }) = unreachable else {
+        return Shortfall::None;
+    };
+    match reason {
+        UnreachableReason::Remainder { .. } => Shortfall::Remainder,
+        UnreachableReason::Capacity => Shortfall::Capacity,
+        UnreachableReason::OnlineMemory => Shortfall::OnlineMemory,
+        UnreachableReason::Stalled(stall) => match stall {
+            Stall::DeviceBusy => Shortfall::DeviceBusy,
+            Stall::Refused => Shortfall::Refused,
+            Stall::NoSpace => Shortfall::Capacity,
+            Stall::MemoryInUse => Shortfall::MemoryInUse,
+            Stall::NoMemory => Shortfall::NoMetadata,
+            Stall::NotAdded(_) => Shortfall::NotAdded,
+            Stall::NotRemoved => Shortfall::NotRemoved,
+            Stall::OfflineThreshold => Shortfall::OfflineThreshold,
+            Stall::ConfigUnstable => Shortfall::ConfigUnstable,
+        },
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -12,6 +13,13 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use thiserror::Error;
 use tokio::net::UnixStream;
+use tokio::time::{sleep, timeout};
+
+/// Longer than the commands ask the server to wait.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Before another attempt to connect.
+const QUEUE_FULL: Duration = Duration::from_millis(10);
 
 /// A request was not done.
 #[derive(Debug, Error)]
@@ -22,6 +30,9 @@ pub enum ClientError {
     /// The connection broke.
     #[error("control API")]
     Http(#[from] hyper::Error),
+    /// There is no answer.
+    #[error("control API: no answer in {} s", PATIENCE.as_secs())]
+    Late,
     /// The server has refused.
     #[error("{message}")]
     Refused {
@@ -71,17 +82,24 @@ pub fn request(
     })
 }
 
-/// Sends one request, on a connection of its own, and waits for the whole answer, whatever that is.
+/// Sends one request, on a connection of its own, and waits for the whole answer, whatever that is, for two minutes at the
+/// most.
 ///
 /// # Errors
 ///
 /// [`ClientError`] if there is none.
 pub fn exchange(socket: &Path, request: Request<Bytes>) -> Result<Response<Bytes>, ClientError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
+        .enable_all()
         .build()?;
-    runtime.block_on(async {
-        let connected = UnixStream::connect(socket).await;
+    let exchange = async {
+        let connected = loop {
+            match UnixStream::connect(socket).await {
+                // More clients wait than the kernel has room for.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(QUEUE_FULL).await,
+                connected => break connected,
+            }
+        };
         let stream = connected.map_err(|error| ClientError::Connect(socket.to_owned(), error))?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         // Ends with `sender`, or with an error that the request gets too.
@@ -93,5 +111,9 @@ pub fn exchange(socket: &Path, request: Request<Bytes>) -> Result<Response<Bytes
         let (head, body) = sender.send_request(request).await?.into_parts();
         let body = body.collect().await?.to_bytes();
         Ok(Response::from_parts(head, body))
+    };
+    runtime.block_on(async {
+        let answer = timeout(PATIENCE, exchange).await;
+        answer.unwrap_or(Err(ClientError::Late))
     })
 }

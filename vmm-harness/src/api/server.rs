@@ -10,21 +10,20 @@ use std::time::Duration;
 use http_body_util::channel::{Channel, Sender};
 use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, LOCATION};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::Value;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::broadcast::{Receiver, error::RecvError};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, interval, timeout, timeout_at};
 
 use super::metrics;
 use super::routes::{Answer, ApiError, Resource};
-use crate::control::{Event, Instance, InstanceError};
+use crate::control::{Instance, InstanceError, Listener};
 use crate::socket::ServerSocket;
 
 /// How often a stream without events says that it is still there, and metrics are put in order.
@@ -207,7 +206,7 @@ impl Api {
         let wait = resource.wait(&head.method, head.uri.query())?;
         let body = self.read(body).await?;
         if resource == Resource::Events {
-            return self.events(&body);
+            return self.events(&head.headers, &body);
         }
         if let Resource::Operation(id) = resource
             && !wait.is_zero()
@@ -242,7 +241,7 @@ impl Api {
     /// Until the operation has ended, or for as long as it says.
     async fn wait(&self, id: u64, wait: Duration) -> Result<(), ApiError> {
         let deadline = Instant::now() + wait;
-        let mut events = self.instance.subscribe();
+        let mut events = self.instance.events().listen(None);
         loop {
             let operation = self.instance.with(|device| device.operation(id));
             if operation??.state.is_final() || Instant::now() >= deadline {
@@ -250,13 +249,19 @@ impl Api {
             }
             // What the event says does not matter, nor that some were lost: each is worth a look.
             let look = deadline.min(Instant::now() + WAIT_INTERVAL);
-            if let Ok(Err(RecvError::Closed)) = timeout_at(look, events.recv()).await {
+            if let Ok(None) = timeout_at(look, events.next()).await {
                 return Err(InstanceError::Ended.into());
             }
         }
     }
 
-    fn events(&self, body: &Bytes) -> Result<Response<Body>, ApiError> {
+    fn events(&self, headers: &HeaderMap, body: &Bytes) -> Result<Response<Body>, ApiError> {
+        let after = headers.get("last-event-id");
+        let after = after.map(|after| after.to_str().ok()?.parse().ok());
+        let after = match after {
+            Some(None) => return Err(ApiError::bad_request("Last-Event-ID is none of ours")),
+            after => after.flatten(),
+        };
         if !body.is_empty() {
             return Err(ApiError::bad_request("this takes no body"));
         }
@@ -266,7 +271,7 @@ impl Api {
             ApiError::new(StatusCode::TOO_MANY_REQUESTS, message)
         })?;
         let (sender, channel) = Channel::new(16);
-        let events = self.instance.subscribe();
+        let events = self.instance.events().listen(after);
         tokio::spawn(async move {
             stream_events(sender, events).await;
             drop(permit);
@@ -279,23 +284,22 @@ impl Api {
 }
 
 /// Sends events until nobody reads them or there will be no more.
-async fn stream_events(mut sender: Sender<Bytes>, mut events: Receiver<Event>) {
-    let mut id = 0_u64;
+async fn stream_events(mut sender: Sender<Bytes>, mut events: Listener) {
     // At once, so that a client knows from when on it misses nothing.
     let mut text = String::from(": connected\n\n");
     while sender.send_data(Bytes::from(text)).await.is_ok() {
-        text = match timeout(HEARTBEAT, events.recv()).await {
-            Ok(Ok(event)) => {
-                id += 1;
+        text = match timeout(HEARTBEAT, events.next()).await {
+            Ok(Some((lost, id, event))) => {
+                // Without a number of its own: who comes back asks for what is after the last event it has.
+                let missed = match lost {
+                    0 => String::new(),
+                    lost => format!("data: {{\"event\":\"missed\",\"count\":{lost}}}\n\n"),
+                };
                 // Fields, strings and numbers: there is nothing that could fail.
                 let data = serde_json::to_string(&event).unwrap_or_default();
-                format!("id: {id}\ndata: {data}\n\n")
+                format!("{missed}id: {id}\ndata: {data}\n\n")
             }
-            Ok(Err(RecvError::Lagged(missed))) => {
-                id += missed;
-                format!("id: {id}\ndata: {{\"event\":\"missed\",\"count\":{missed}}}\n\n")
-            }
-            Ok(Err(RecvError::Closed)) => return,
+            Ok(None) => return,
             Err(_) => String::from(": nothing new\n\n"),
         };
     }

@@ -1,17 +1,17 @@
 //! A guest with a memory device, before and after it is started.
 
 use std::io;
+use std::sync::mpsc::Sender;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use serde::Serialize;
 use thiserror::Error;
-use tokio::sync::broadcast;
 use virtio_mem::State;
 use virtio_mem::wire::{BlockMap, Geometry};
 use vmem_guest::abi::DriverState;
 
-use super::{ControlError, Controller, Event, Events, Reason, new_events};
+use super::{ControlError, Controller, Event, Events, Reason};
 use crate::demo::{DemoError, DemoOptions};
 use crate::{Machine, Outcome, Report, StartError};
 
@@ -120,6 +120,8 @@ pub struct GuestStatus {
     pub pages_verified: u64,
     /// Pages read back and found wrong.
     pub pages_wrong: u64,
+    /// Why its driver failed, or it panicked, if so.
+    pub message: Option<String>,
 }
 
 impl From<&Report> for GuestStatus {
@@ -140,6 +142,7 @@ impl From<&Report> for GuestStatus {
             pages_held: sum(|worker| worker.pages_held),
             pages_verified: sum(|worker| worker.pages_verified),
             pages_wrong: sum(|worker| worker.pages_wrong),
+            message: report.message.clone(),
         }
     }
 }
@@ -149,6 +152,7 @@ impl From<&Report> for GuestStatus {
 pub struct Instance {
     phase: RwLock<Phase>,
     events: Events,
+    ended: Option<Sender<()>>,
 }
 
 #[derive(Debug)]
@@ -188,14 +192,24 @@ impl Instance {
         options.check()?;
         Ok(Self {
             phase: RwLock::new(Phase::NotStarted(Box::new(options))),
-            events: new_events(),
+            events: Events::default(),
+            ended: None,
         })
     }
 
-    /// What happens from now on.
+    /// With somebody who is told when the guest ends.
     #[must_use]
-    pub fn subscribe(&self) -> broadcast::Receiver<Event> {
-        self.events.subscribe()
+    pub fn telling(self, ended: Sender<()>) -> Self {
+        Self {
+            ended: Some(ended),
+            ..self
+        }
+    }
+
+    /// What happens to the guest and its devices.
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.events
     }
 
     /// Changes options of a guest that is not started.
@@ -233,12 +247,20 @@ impl Instance {
         };
         let machine = Machine::start(&config, device)?;
         let controller = Controller::watched(machine.handle(), self.events.clone())?;
+        let (events, ended) = (self.events.clone(), self.ended.clone());
         *phase = Phase::Started(Box::new(Started {
             controller,
             machine,
         }));
-        // An error is that nobody listens.
-        let _ = self.events.send(Event::Started);
+        self.events.tell(Event::Started);
+        if let Phase::Started(started) = &*phase {
+            started.machine.on_end(move |outcome| {
+                let outcome = outcome.to_string();
+                events.tell(Event::Ended { outcome });
+                // An error is that nobody waits any more.
+                let _ = ended.map(|ended| ended.send(()));
+            });
+        }
         Ok(())
     }
 
@@ -382,9 +404,6 @@ impl Instance {
         } = *started;
         drop(controller);
         let outcome = machine.finish(STOP_GRACE);
-        let _ = self.events.send(Event::Ended {
-            outcome: outcome.to_string(),
-        });
         Some((outcome, GuestStatus::from(&machine.progress())))
     }
 

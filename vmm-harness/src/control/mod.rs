@@ -3,6 +3,7 @@
 //! The lines of [`serve`](crate::serve) and the HTTP of [`api`](crate::api) both end here. [`Controller`] is one device;
 //! [`Instance`] is a guest with one, before and after it is started.
 
+mod events;
 mod instance;
 mod reason;
 
@@ -15,18 +16,15 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use tokio::sync::broadcast;
 use virtio_mem::wire::Answer;
 use virtio_mem::{Handle, Resize, ResizeError, ResizeState, SaveError, State, Status};
 
+pub use events::{Event, Events, Listener};
 pub use instance::{GuestStatus, Instance, InstanceError, MemoryStatus, RunState};
 pub use reason::Reason;
 
 /// Operations that are remembered; of more, the oldest are forgotten.
 const MAX_OPERATIONS: usize = 1024;
-
-/// Events that wait for a slow listener; of more, the oldest are lost to it.
-const MAX_EVENTS: usize = 1024;
 
 /// How often a watcher looks whether its device is still controlled.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
@@ -106,53 +104,6 @@ impl OperationState {
     }
 }
 
-/// What happens to a device and its guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-pub enum Event {
-    /// The guest runs.
-    Started,
-    /// The guest has ended.
-    Ended {
-        /// How.
-        outcome: String,
-    },
-    /// A size has changed; bytes.
-    Sizes {
-        /// What the driver is asked to have plugged.
-        requested_size: u64,
-        /// What is plugged.
-        plugged_size: u64,
-        /// From the region's start, where blocks may be plugged.
-        usable_region_size: u64,
-    },
-    /// A resize was asked for, or has ended.
-    Operation(Operation),
-    /// The driver was refused something, for the first time since its last ACK.
-    Refused {
-        /// NACK, BUSY or ERROR.
-        answer: &'static str,
-    },
-    /// Requests are held off.
-    Frozen,
-    /// No more.
-    Thawed,
-    /// The device takes no more requests.
-    Failed {
-        /// What the host could not undo.
-        reason: String,
-    },
-}
-
-/// Where events go, whoever listens.
-pub type Events = broadcast::Sender<Event>;
-
-/// Nobody has heard anything yet.
-#[must_use]
-pub fn new_events() -> Events {
-    broadcast::Sender::new(MAX_EVENTS)
-}
-
 /// Controls one device.
 #[derive(Debug)]
 pub struct Controller {
@@ -187,7 +138,7 @@ impl Controller {
     #[must_use]
     pub fn new(device: Handle) -> Self {
         Self {
-            shared: Shared::new(device, new_events()),
+            shared: Shared::new(device, Events::default()),
             watcher: None,
         }
     }
@@ -388,8 +339,7 @@ impl Shared {
     }
 
     fn tell(&self, event: Event) {
-        // An error is that nobody listens.
-        let _ = self.events.send(event);
+        self.events.tell(event);
     }
 
     fn watch(&self) {

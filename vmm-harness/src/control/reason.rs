@@ -29,10 +29,22 @@ pub enum Reason {
     Remainder,
     /// The region has no whole memory block left.
     Capacity,
-    /// The driver could not empty what is still to be unplugged, and tries again later.
+    /// Only offline memory may be unplugged.
+    OnlineMemory,
+    /// The device has answered NACK to a request to plug that its target allows.
+    Refused,
+    /// Nothing that is still to be unplugged could be emptied; it is tried again.
     MemoryInUse,
-    /// The driver cannot add memory for now, and tries again later.
-    CannotAdd,
+    /// The guest has no memory for the metadata of more memory.
+    NoMetadata,
+    /// The guest does not add memory that was plugged.
+    NotAdded,
+    /// The guest does not let go of memory of which nothing is plugged any more.
+    NotRemoved,
+    /// Too much of the guest's memory is offline to add more.
+    OfflineThreshold,
+    /// The driver cannot read the configuration for changes.
+    ConfigUnstable,
     /// Nothing: it is being done.
     Converging,
 }
@@ -56,28 +68,143 @@ impl Reason {
         if status.frozen {
             return Some(Self::Frozen);
         }
-        let driver = report.and_then(|report| report.driver_state);
-        match driver {
+        match report.and_then(|report| report.driver_state) {
             Some(DriverState::Failed) => return Some(Self::DriverFailed),
             Some(DriverState::Booting) => return Some(Self::DriverBooting),
             _ => {}
         }
-        if matches!(status.last_answer, Some((Answer::Busy, _))) {
-            return Some(Self::HostBusy);
-        }
         // What the driver says of another target does not count.
         let report = report.filter(|report| report.requested_size == status.requested_size);
-        let at_rest = matches!(driver, Some(DriverState::Settled | DriverState::Stalled));
-        match report.and_then(|report| report.unreachable_reason) {
-            Some(Shortfall::Remainder) if at_rest => Some(Self::Remainder),
-            Some(Shortfall::Capacity) if at_rest => Some(Self::Capacity),
-            _ if report.is_some() && at_rest => {
-                Some(match status.plugged_size > status.requested_size {
-                    true => Self::MemoryInUse,
-                    false => Self::CannotAdd,
-                })
-            }
+        let told = report.and_then(|report| report.unreachable_reason);
+        if let Some(reason) = told.and_then(Self::told) {
+            return Some(reason);
+        }
+        // It has not seen the answer yet, or does not say.
+        match status.last_answer {
+            Some((Answer::Busy, _)) => Some(Self::HostBusy),
             _ => Some(Self::Converging),
         }
+    }
+
+    /// What the guest's driver says.
+    fn told(shortfall: Shortfall) -> Option<Self> {
+        Some(match shortfall {
+            Shortfall::None => return None,
+            Shortfall::Remainder => Self::Remainder,
+            Shortfall::Capacity => Self::Capacity,
+            Shortfall::OnlineMemory => Self::OnlineMemory,
+            Shortfall::DeviceBusy => Self::HostBusy,
+            Shortfall::Refused => Self::Refused,
+            Shortfall::MemoryInUse => Self::MemoryInUse,
+            Shortfall::NoMetadata => Self::NoMetadata,
+            Shortfall::NotAdded => Self::NotAdded,
+            Shortfall::NotRemoved => Self::NotRemoved,
+            Shortfall::OfflineThreshold => Self::OfflineThreshold,
+            Shortfall::ConfigUnstable => Self::ConfigUnstable,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Arc;
+    use std::time::Instant;
+
+    use virtio_mem_driver::driver::{Mode, Strategy};
+    use virtio_mem_wire::BlockMap;
+
+    use super::*;
+
+    const STATUS: Status = Status {
+        requested_size: 4 << 20,
+        plugged_size: 0,
+        usable_region_size: 64 << 20,
+        slot_count: 0,
+        frozen: false,
+        last_answer: None,
+        failure: None,
+    };
+
+    fn report(driver_state: DriverState, unreachable_reason: Shortfall) -> Report {
+        Report {
+            driver_state: Some(driver_state),
+            requested_size: STATUS.requested_size,
+            plugged_size: 0,
+            online_size: 0,
+            pages_moved: 0,
+            interrupts: 0,
+            requests: 0,
+            strategy: Strategy::Direct,
+            mode: Mode::SubBlock,
+            granule_size: 2 << 20,
+            unreachable: 0,
+            unreachable_reason: Some(unreachable_reason),
+            workers: Vec::new(),
+            view: BlockMap::new(32),
+            message: None,
+        }
+    }
+
+    #[test]
+    fn the_driver_s_own_reason_is_given_and_each_is_another() {
+        let mut given = Vec::new();
+        for value in 1.. {
+            let Some(shortfall) = Shortfall::from_value(value) else {
+                break;
+            };
+            assert_eq!(shortfall as u32, value);
+            let report = report(DriverState::Stalled, shortfall);
+            let reason = Reason::of(&STATUS, Some(&report), None).unwrap();
+            assert!(!given.contains(&reason), "{reason:?} twice");
+            given.push(reason);
+        }
+        assert_eq!(given.len(), 11);
+        assert_eq!(given[0], Reason::Remainder);
+        assert_eq!(given[3], Reason::HostBusy);
+        assert_eq!(given[5], Reason::MemoryInUse);
+    }
+
+    #[test]
+    fn what_rules_out_all_else_comes_first() {
+        let busy = Status {
+            last_answer: Some((Answer::Busy, Instant::now())),
+            ..STATUS
+        };
+        let frozen = Status {
+            frozen: true,
+            ..busy.clone()
+        };
+        let failed = Status {
+            failure: Some(Arc::new(io::Error::other("test"))),
+            ..frozen.clone()
+        };
+        let in_use = report(DriverState::Stalled, Shortfall::MemoryInUse);
+        let none = report(DriverState::Converging, Shortfall::None);
+        let broken = report(DriverState::Failed, Shortfall::MemoryInUse);
+        let other_target = Report {
+            requested_size: 0,
+            ..in_use.clone()
+        };
+        let ended = Some(&Outcome::Exited);
+        for (status, report, outcome, reason) in [
+            (&failed, Some(&broken), ended, Reason::GuestEnded),
+            (&failed, Some(&broken), None, Reason::DeviceFailed),
+            (&frozen, Some(&broken), None, Reason::Frozen),
+            (&busy, Some(&broken), None, Reason::DriverFailed),
+            (&busy, Some(&in_use), None, Reason::MemoryInUse),
+            (&busy, Some(&other_target), None, Reason::HostBusy),
+            (&busy, Some(&none), None, Reason::HostBusy),
+            (&STATUS, Some(&other_target), None, Reason::Converging),
+            (&STATUS, None, None, Reason::Converging),
+        ] {
+            let given = Reason::of(status, report, outcome);
+            assert_eq!(given, Some(reason), "{status:?} {report:?}");
+        }
+        let there = Status {
+            plugged_size: STATUS.requested_size,
+            ..failed
+        };
+        assert_eq!(Reason::of(&there, Some(&broken), ended), None);
     }
 }

@@ -356,8 +356,8 @@ fn unreachable(report: &Report) -> Option<Unreachable> {
     let reason = match report.unreachable_reason? {
         Shortfall::Remainder => "less than a granule",
         Shortfall::Capacity => "no whole unit of the region is left",
-        // `checks::reached` lets nothing pass that is `Other`.
-        Shortfall::None | Shortfall::Other => return None,
+        // `checks::reached` lets no other pass.
+        _ => return None,
     };
     Some(Unreachable {
         bytes: report.unreachable,
