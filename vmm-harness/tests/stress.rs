@@ -10,6 +10,7 @@ mod common;
 
 use std::io::Read;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::{LONG, kvm_or_skip};
 use virtio_mem_driver::driver::Strategy;
@@ -24,6 +25,12 @@ const ALL_PATTERNS: [Pattern; 4] = [
     Pattern::Thrash,
     Pattern::Burst,
 ];
+
+/// What a run checks of its process is not to be another test's.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn seed() -> u64 {
     let given = std::env::var("VMEM_SEED")
@@ -96,11 +103,13 @@ fn every_pattern_and_workload(guest: GuestKind) {
 
 #[test]
 fn every_pattern_and_workload_holds_in_this_process() {
+    let _alone = alone();
     every_pattern_and_workload(GuestKind::InProcess);
 }
 
 #[test]
 fn every_pattern_and_workload_holds_on_kvm() {
+    let _alone = alone();
     if kvm_or_skip() {
         every_pattern_and_workload(GuestKind::Kvm);
     }
@@ -136,12 +145,14 @@ fn every_fault(guest: GuestKind, faults: &[Fault]) {
 
 #[test]
 fn faults_of_the_host_are_survived_in_this_process() {
+    let _alone = alone();
     let faults = [Fault::Open, Fault::Discard, Fault::Slot, Fault::Busy];
     every_fault(GuestKind::InProcess, &faults);
 }
 
 #[test]
 fn faults_of_the_host_are_survived_on_kvm() {
+    let _alone = alone();
     if kvm_or_skip() {
         every_fault(GuestKind::Kvm, &Fault::ALL);
     }
@@ -149,6 +160,7 @@ fn faults_of_the_host_are_survived_on_kvm() {
 
 #[test]
 fn vcpus_cannot_be_stalled_in_this_process() {
+    let _alone = alone();
     let mut options = options(GuestKind::InProcess);
     options.faults = vec![Fault::Stall];
     let error = stress::run(&options, &AtomicBool::new(false), &mut |_| ()).unwrap_err();
@@ -157,6 +169,7 @@ fn vcpus_cannot_be_stalled_in_this_process() {
 
 #[test]
 fn rogues_are_caught_and_others_take_their_place() {
+    let _alone = alone();
     for guest in [GuestKind::InProcess, GuestKind::Auto] {
         let mut options = options(guest);
         options.rogue = true;
@@ -168,6 +181,7 @@ fn rogues_are_caught_and_others_take_their_place() {
 
 #[test]
 fn guests_share_a_budget() {
+    let _alone = alone();
     let mut options = options(GuestKind::Auto);
     options.vm_count = 3;
     options.budget = Some(1 << 30);
@@ -186,6 +200,7 @@ fn guests_share_a_budget() {
 
 #[test]
 fn the_first_failure_ends_a_run_and_is_told() {
+    let _alone = alone();
     let mut options = options(GuestKind::InProcess);
     // No driver is as fast.
     options.stuck_after = std::time::Duration::ZERO;
@@ -203,6 +218,7 @@ fn the_first_failure_ends_a_run_and_is_told() {
 
 #[test]
 fn every_pattern_comes_to_an_end_when_it_is_interrupted() {
+    let _alone = alone();
     for pattern in ALL_PATTERNS {
         let mut options = options(GuestKind::InProcess);
         options.pattern = pattern;
@@ -237,6 +253,7 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn a_failure_is_told_with_its_seed_and_the_line_that_repeats_it() {
+    let _alone = alone();
     // Too few descriptors for a guest.
     let run = vmem("ulimit -n 8;", "--resizes 5 --pattern sawtooth");
     let (out, err) = (text(&run.stdout), text(&run.stderr));
@@ -263,6 +280,7 @@ fn a_failure_is_told_with_its_seed_and_the_line_that_repeats_it() {
 
 #[test]
 fn the_summary_and_its_json_say_what_was_done() {
+    let _alone = alone();
     let run = vmem("", "--resizes 5 --seed 3");
     let out = text(&run.stdout);
     assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
@@ -282,6 +300,7 @@ fn the_summary_and_its_json_say_what_was_done() {
 
 #[test]
 fn a_signal_ends_a_run_in_order() {
+    let _alone = alone();
     let mut run = std::process::Command::new(env!("CARGO_BIN_EXE_vmem"))
         .args([
             "stress",
@@ -314,6 +333,7 @@ fn a_signal_ends_a_run_in_order() {
 
 #[test]
 fn options_that_do_not_go_together_are_refused() {
+    let _alone = alone();
     for args in [
         "--faults stall",
         "--faults nonsense",

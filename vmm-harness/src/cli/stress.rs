@@ -14,7 +14,7 @@ use vmm_harness::Size;
 use vmm_harness::demo::size;
 use vmm_harness::linux::new_seed;
 use vmm_harness::report::{self, Outcome, Recording};
-use vmm_harness::stress::{self, Limit, Progress, StressOptions};
+use vmm_harness::stress::{self, Limit, Progress, ReasonCount, StressOptions};
 
 use super::UsageError;
 use super::machine::MachineArgs;
@@ -327,6 +327,18 @@ fn print_summary(out: &mut dyn Write, recording: &Recording) -> io::Result<()> {
             out,
             "{} accesses to unplugged memory, all caught",
             summary.rogues
+        )?;
+    }
+    if !summary.reasons.is_empty() {
+        let reason = |count: &ReasonCount| {
+            let name = serde_json::to_value(count.reason).unwrap_or_default();
+            format!("{} {}", count.count, name.as_str().unwrap_or_default())
+        };
+        let reasons: Vec<_> = summary.reasons.iter().map(reason).collect();
+        writeln!(
+            out,
+            "looked at on the way to a size: {}",
+            reasons.join(", ")
         )?;
     }
     if !summary.faults.is_empty() {

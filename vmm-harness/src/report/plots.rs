@@ -6,6 +6,9 @@ use super::svg::{Axis, Chart, escape, number};
 use super::{Recording, Sample, Vm};
 use crate::stress::Latency;
 
+/// Width of what has the page to itself.
+const WIDTH: f64 = 860.0;
+
 /// Points of a rate over time.
 const BINS: usize = 200;
 
@@ -98,7 +101,7 @@ fn memory(vm: &Vm, title: &str, index: usize, seconds: f64) -> String {
         .iter()
         .flat_map(|sample| MEMORY.map(|(_, _, value)| value(sample)));
     let y = Axis::bytes("bytes", most.max().unwrap_or(0));
-    let mut chart = Chart::new(title, Axis::time(seconds), y, 300.0);
+    let mut chart = Chart::new(title, Axis::time(seconds), y, (WIDTH, 300.0));
     for (class, _, value) in MEMORY {
         let point = |sample: &Sample| (sample.seconds, value(sample) as f64);
         chart.line(class, vm.samples.iter().map(point));
@@ -109,7 +112,7 @@ fn memory(vm: &Vm, title: &str, index: usize, seconds: f64) -> String {
 
 fn blocks(vm: &Vm, title: &str, index: usize, seconds: f64, region_size: u64) -> String {
     let y = Axis::bytes("offset in the region", region_size);
-    let mut chart = Chart::new(title, Axis::time(seconds), y, 300.0);
+    let mut chart = Chart::new(title, Axis::time(seconds), y, (WIDTH, 300.0));
     let ends = vm.maps.iter().skip(1).map(|map| map.seconds);
     let columns: Vec<_> = vm.maps.iter().zip(ends.chain([seconds])).collect();
     for shade in b'1'..=b'9' {
@@ -176,7 +179,12 @@ fn throughput(
 ) -> String {
     let points = rate(vms, seconds, value);
     let most = points.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
-    let mut chart = Chart::new(name, Axis::time(seconds), Axis::count(unit, most), 170.0);
+    let mut chart = Chart::new(
+        name,
+        Axis::time(seconds),
+        Axis::count(unit, most),
+        (WIDTH, 170.0),
+    );
     chart.line(class, points.into_iter());
     figure(&format!("rate-{class}"), name, &[], chart)
 }
@@ -196,7 +204,12 @@ fn budget(recording: &Recording) -> String {
     let most = sum(|sample| sample.requested.max(sample.plugged)).map(|(_, y)| y as u64);
     let most = most.max().unwrap_or(0).max(recording.run.budget);
     let name = "Memory of all guests";
-    let mut chart = Chart::new(name, Axis::time(seconds), Axis::bytes("bytes", most), 220.0);
+    let mut chart = Chart::new(
+        name,
+        Axis::time(seconds),
+        Axis::bytes("bytes", most),
+        (WIDTH, 220.0),
+    );
     for (class, _, value) in MEMORY {
         chart.line(class, sum(value));
     }
@@ -230,7 +243,7 @@ fn latencies(latency: &Latency) -> String {
     let y = Axis::decades("requests", 0, counts, |ten| number(10f64.powi(ten))).from(-0.3);
     let ms = |us: f64| format!("{:.3} ms", us / 1e3);
     let name = format!("{} → {}", latency.request, latency.answer);
-    let mut chart = Chart::new(&name, x, y, 200.0);
+    let mut chart = Chart::new(&name, x, y, (WIDTH / 2.0, 200.0));
     let bars = filled().map(|(bucket, count)| {
         let from = log10(bucket as f64 - 1.0).max(f64::from(min));
         let to = log10(bucket as f64).max(from);

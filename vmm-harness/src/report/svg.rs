@@ -4,10 +4,9 @@ use std::fmt::Write;
 
 use crate::demo::size;
 
-/// The drawing, in units of its own; the page scales it.
-const WIDTH: f64 = 860.0;
+/// Room around the plot for its axes and half a mark.
 const LEFT: f64 = 76.0;
-const RIGHT: f64 = 12.0;
+const RIGHT: f64 = 28.0;
 const TOP: f64 = 8.0;
 const BOTTOM: f64 = 40.0;
 
@@ -105,23 +104,24 @@ pub(super) struct Chart {
     name: String,
     x: Axis,
     y: Axis,
-    height: f64,
+    /// In units of its own; the page scales it.
+    size: (f64, f64),
     body: String,
 }
 
 impl Chart {
-    pub(super) fn new(name: &str, x: Axis, y: Axis, height: f64) -> Self {
+    pub(super) fn new(name: &str, x: Axis, y: Axis, size: (f64, f64)) -> Self {
         Self {
             name: name.to_owned(),
             x,
             y,
-            height,
+            size,
             body: String::new(),
         }
     }
 
     fn at(&self, x: f64, y: f64) -> (f64, f64) {
-        let (width, height) = (WIDTH - LEFT - RIGHT, self.height - TOP - BOTTOM);
+        let (width, height) = (self.size.0 - LEFT - RIGHT, self.size.1 - TOP - BOTTOM);
         (
             LEFT + self.x.share(x) * width,
             TOP + (1.0 - self.y.share(y)) * height,
@@ -164,11 +164,12 @@ impl Chart {
     /// The drawing with its axes.
     pub(super) fn finish(mut self) -> String {
         let body = std::mem::take(&mut self.body);
-        let (left, bottom) = (LEFT, self.height - BOTTOM);
-        let (right, top) = (WIDTH - RIGHT, TOP);
-        let (height, name) = (self.height, escape(&self.name));
+        let (width, height) = self.size;
+        let (left, bottom) = (LEFT, height - BOTTOM);
+        let (right, top) = (width - RIGHT, TOP);
+        let name = escape(&self.name);
         self.add(format_args!(
-            "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{name}\">\n"
+            "<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{name}\">\n"
         ));
         let (x, y) = (self.x.clone(), self.y.clone());
         for (value, text) in &y.marks {
@@ -248,15 +249,20 @@ mod tests {
 
     #[test]
     fn values_are_where_their_marks_are() {
-        let mut chart = Chart::new("a", Axis::count("x", 10.0), Axis::count("y", 4.0), 148.0);
+        let mut chart = Chart::new(
+            "a",
+            Axis::count("x", 10.0),
+            Axis::count("y", 4.0),
+            (860.0, 148.0),
+        );
         chart.line("c", [(0.0, 0.0), (10.0, 4.0), (5.0, 2.0)].into_iter());
         chart.areas("d", [((0.0, 0.0), (5.0, 4.0))].into_iter());
         let svg = chart.finish();
         assert!(
-            svg.contains("points=\"76.0,108.0 848.0,8.0 462.0,58.0 \""),
+            svg.contains("points=\"76.0,108.0 832.0,8.0 454.0,58.0 \""),
             "{svg}"
         );
-        assert!(svg.contains("d=\"M76.0 8.0h386.0v100.0h-386.0z\""), "{svg}");
+        assert!(svg.contains("d=\"M76.0 8.0h378.0v100.0h-378.0z\""), "{svg}");
     }
 
     #[test]

@@ -36,7 +36,7 @@ use thiserror::Error;
 
 pub use self::injector::Fault;
 pub use self::pattern::Pattern;
-pub use self::summary::{FaultCount, Latency, Summary};
+pub use self::summary::{FaultCount, Latency, ReasonCount, Summary};
 
 use self::budget::Budget;
 use self::census::Census;

@@ -1,5 +1,6 @@
 //! What must hold at any time, and what is recorded of it.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use virtio_mem::Handle;
@@ -9,12 +10,21 @@ use super::operator::BlockCount;
 use super::stop::Stop;
 use super::watch::Watch;
 use super::{Shared, lock};
+use crate::control::Reason;
 use crate::demo::checks::{check, no_page_lost};
 use crate::demo::{DemoError, pages_verified};
 use crate::{Machine, Report, report};
 
 /// How often a guest is looked at.
 const INTERVAL: Duration = Duration::from_millis(40);
+
+/// What was seen in a life.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    pub(super) observations: u64,
+    /// Why the size was not there, as often as it was not.
+    pub(super) reasons: BTreeMap<Reason, u64>,
+}
 
 /// Looks at one guest for one life.
 #[derive(Debug)]
@@ -29,17 +39,20 @@ pub(super) struct Observer<'a> {
 
 impl Observer<'_> {
     /// Looks until `over` is raised.
-    pub(super) fn run(&self, over: &Stop) -> Result<u64, DemoError> {
+    pub(super) fn run(&self, over: &Stop) -> Result<Seen, DemoError> {
         let mut watch = Watch::new(self.shared.options.stuck_after, Instant::now());
-        let mut count = 0;
+        let mut seen = Seen::default();
         while !over.wait(INTERVAL) {
-            self.look(&mut watch)?;
-            count += 1;
+            let reason = self.look(&mut watch)?;
+            seen.observations += 1;
+            if let Some(reason) = reason {
+                *seen.reasons.entry(reason).or_default() += 1;
+            }
         }
-        Ok(count)
+        Ok(seen)
     }
 
-    fn look(&self, watch: &mut Watch) -> Result<(), DemoError> {
+    fn look(&self, watch: &mut Watch) -> Result<Option<Reason>, DemoError> {
         let handle = self.machine.handle();
         // One that is late is told what is known: being late is the operator's and the watch's business.
         let report = self.machine.report(INTERVAL);
@@ -57,9 +70,9 @@ impl Observer<'_> {
         })?;
         let plugged = || handle.status().plugged_size;
         self.shared.budget.check(self.vm, plugged)?;
-        watch.observe(Instant::now(), &status, &counters, &report)?;
+        let reason = watch.observe(Instant::now(), &status, &counters, &report)?;
         self.record(&handle, &report, resident);
-        Ok(())
+        Ok(reason)
     }
 
     fn record(&self, handle: &Handle, report: &Report, resident: u64) {

@@ -110,7 +110,7 @@ impl<'a> Operator<'a> {
             blocks: &blocks,
             before: earlier,
         };
-        let observations = thread::scope(|scope| {
+        let seen = thread::scope(|scope| {
             let observing = thread::Builder::new()
                 .name(format!("vmem-observer{}", self.vm))
                 .spawn_scoped(scope, || {
@@ -137,8 +137,8 @@ impl<'a> Operator<'a> {
             let observed = observing.join().unwrap_or_else(|_| panicked("observer"));
             // What these have found made the operator stop.
             injected?;
-            let observations = observed?;
-            operated.map(|()| observations)
+            let seen = observed?;
+            operated.map(|()| seen)
         })?;
         let handle = machine.handle();
         let device = machine.device().clone();
@@ -148,7 +148,10 @@ impl<'a> Operator<'a> {
         }
         let (plugged, unplugged) = blocks.get();
         let mut summary = lock(&self.state().summary);
-        summary.observations += observations;
+        summary.observations += seen.observations;
+        for (reason, count) in &seen.reasons {
+            summary.add_reason(*reason, *count);
+        }
         summary.blocks_plugged += plugged;
         summary.blocks_unplugged += unplugged;
         summary.add_life(&last, &handle.latencies());

@@ -7,6 +7,7 @@ use virtio_mem::{Histogram, Latencies};
 use virtio_mem_wire::{Answer, RequestKind};
 
 use crate::Report;
+use crate::control::Reason;
 use crate::demo::pages_verified;
 
 /// Totals of a run.
@@ -36,6 +37,8 @@ pub struct Summary {
     pub rogues: u64,
     /// Faults injected, by kind.
     pub faults: Vec<FaultCount>,
+    /// Why a size was not there, and at how many observations.
+    pub reasons: Vec<ReasonCount>,
     /// How long requests took, by type and answer; those that came.
     pub requests: Vec<Latency>,
 }
@@ -45,6 +48,15 @@ pub struct Summary {
 pub struct FaultCount {
     /// Its name, as on the command line.
     pub fault: &'static str,
+    /// How many.
+    pub count: u64,
+}
+
+/// Times a size was not there for one reason.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ReasonCount {
+    /// The reason.
+    pub reason: Reason,
     /// How many.
     pub count: u64,
 }
@@ -90,6 +102,13 @@ impl Summary {
         }
     }
 
+    pub(super) fn add_reason(&mut self, reason: Reason, count: u64) {
+        match self.reasons.iter_mut().find(|have| have.reason == reason) {
+            Some(have) => have.count += count,
+            None => self.reasons.push(ReasonCount { reason, count }),
+        }
+    }
+
     fn add_latency(&mut self, other: &Latency) {
         let same =
             |have: &&mut Latency| (have.request, have.answer) == (other.request, other.answer);
@@ -113,6 +132,9 @@ impl Summary {
         self.rogues += other.rogues;
         for fault in &other.faults {
             self.add_fault(fault.fault, fault.count);
+        }
+        for reason in &other.reasons {
+            self.add_reason(reason.reason, reason.count);
         }
         for latency in &other.requests {
             self.add_latency(latency);

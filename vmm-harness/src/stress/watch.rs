@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use virtio_mem::{Counters, Status};
 use virtio_mem_wire::{Answer, RequestKind};
-use vmem_guest::abi::DriverState;
 
 use crate::Report;
+use crate::control::Reason;
 use crate::demo::CheckFailed;
 
 /// How much longer a driver may take that says why.
@@ -39,14 +39,14 @@ impl Watch {
         }
     }
 
-    /// Looks at a guest at `now`.
+    /// Looks at a guest at `now`; why its size is not there, if it is not.
     pub(super) fn observe(
         &mut self,
         now: Instant,
         status: &Status,
         counters: &Counters,
         report: &Report,
-    ) -> Result<(), CheckFailed> {
+    ) -> Result<Option<Reason>, CheckFailed> {
         let signs = Signs {
             requested_size: status.requested_size,
             plugged_size: status.plugged_size,
@@ -56,31 +56,26 @@ impl Watch {
                 .sum(),
             pages_moved: report.pages_moved,
         };
-        let arrived = status.requested_size == status.plugged_size;
-        if arrived || status.frozen || self.last != Some(signs) {
+        let reason = Reason::of(status, Some(report), None);
+        if reason.is_none() || status.frozen || self.last != Some(signs) {
             self.last = Some(signs);
             self.since = now;
-            return Ok(());
+            return Ok(reason);
         }
-        let state = report.driver_state;
-        let busy = matches!(status.last_answer, Some((Answer::Busy, _)));
-        // What it says of another target is no reason.
-        let told = matches!(state, Some(DriverState::Settled | DriverState::Stalled))
-            && report.requested_size == status.requested_size;
-        let has_reason = busy || told;
-        let limit = match has_reason {
-            true => self.limit.saturating_mul(WITH_A_REASON),
-            false => self.limit,
+        let limit = match reason {
+            Some(Reason::Converging | Reason::DriverBooting) => self.limit,
+            _ => self.limit.saturating_mul(WITH_A_REASON),
         };
         let idle = now.saturating_duration_since(self.since);
         if idle <= limit {
-            return Ok(());
+            return Ok(reason);
         }
         let found = format!(
-            "{} bytes are requested, {} are plugged, and nothing has happened for {idle:.1?}; the driver is {state:?} \
-             with {:?}, its target is {}",
+            "{} bytes are requested, {} are plugged, and nothing has happened for {idle:.1?}, because of {reason:?}; the \
+             driver is {:?} with {:?}, its target is {}",
             status.requested_size,
             status.plugged_size,
+            report.driver_state,
             report.unreachable_reason,
             report.requested_size,
         );
@@ -92,7 +87,7 @@ impl Watch {
 mod tests {
     use virtio_mem_driver::driver::{Mode, Strategy};
     use virtio_mem_wire::BlockMap;
-    use vmem_guest::abi::Shortfall;
+    use vmem_guest::abi::{DriverState, Shortfall};
 
     use super::*;
 
@@ -111,9 +106,9 @@ mod tests {
         }
     }
 
-    fn report(driver_state: DriverState, requested_size: u64) -> Report {
+    fn report(reason: Shortfall, requested_size: u64) -> Report {
         Report {
-            driver_state: Some(driver_state),
+            driver_state: Some(DriverState::Stalled),
             requested_size,
             plugged_size: 0,
             online_size: 0,
@@ -124,7 +119,7 @@ mod tests {
             mode: Mode::SubBlock,
             granule_size: 2 << 20,
             unreachable: 0,
-            unreachable_reason: Some(Shortfall::None),
+            unreachable_reason: Some(reason),
             workers: Vec::new(),
             view: BlockMap::new(1),
             message: None,
@@ -149,9 +144,9 @@ mod tests {
     #[test]
     fn nothing_without_a_reason_is_stuck_and_with_one_it_takes_longer() {
         let none = Counters::default();
-        let converging = report(DriverState::Converging, TARGET);
-        let stalled = report(DriverState::Stalled, TARGET);
-        let of_another_target = report(DriverState::Stalled, 0);
+        let converging = report(Shortfall::None, TARGET);
+        let stalled = report(Shortfall::MemoryInUse, TARGET);
+        let of_another_target = report(Shortfall::MemoryInUse, 0);
         assert_eq!(
             stuck_after(|_| (status(0), none, converging.clone())),
             Some(31)
@@ -189,7 +184,7 @@ mod tests {
             move |seconds: u64| {
                 let mut counters = Counters::default();
                 counters.requests[RequestKind::Plug as usize][answer as usize] = seconds;
-                (status(0), counters, report(DriverState::Converging, TARGET))
+                (status(0), counters, report(Shortfall::None, TARGET))
             }
         };
         assert_eq!(stuck_after(count(Answer::Ack)), None);
@@ -199,7 +194,7 @@ mod tests {
     #[test]
     fn who_has_arrived_or_is_held_off_is_not_stuck() {
         let none = Counters::default();
-        let converging = report(DriverState::Converging, TARGET);
+        let converging = report(Shortfall::None, TARGET);
         assert_eq!(
             stuck_after(|_| (status(TARGET), none, converging.clone())),
             None
