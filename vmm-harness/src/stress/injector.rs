@@ -2,15 +2,15 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::lock;
 use super::stop::Stop;
+use super::{StressOptions, lock};
 use crate::Machine;
-use crate::demo::DemoError;
 use crate::demo::checks::check;
+use crate::demo::{CheckFailed, DemoError};
 use crate::faults::{Faults, HostCall};
 
 /// Longest time between two faults.
@@ -70,17 +70,21 @@ pub(super) struct Injector {
     kinds: Vec<Fault>,
     faults: Faults,
     vcpu_count: usize,
+    /// How long the device may take to undo something.
+    limit: Duration,
     /// Locked while something is wrong.
     random: Mutex<fastrand::Rng>,
     counts: [AtomicU64; Fault::ALL.len()],
 }
 
 impl Injector {
-    pub(super) fn new(kinds: &[Fault], seed: u64, faults: Faults, vcpu_count: usize) -> Self {
+    /// For a guest of `options` whose host fails by `faults`.
+    pub(super) fn new(options: &StressOptions, seed: u64, faults: Faults) -> Self {
         Self {
-            kinds: kinds.to_vec(),
+            kinds: options.faults.clone(),
             faults,
-            vcpu_count,
+            vcpu_count: options.guest.vcpu_count,
+            limit: options.stuck_after,
             random: Mutex::new(fastrand::Rng::with_seed(seed)),
             counts: Default::default(),
         }
@@ -93,9 +97,9 @@ impl Injector {
             let mut random = lock(&self.random);
             let fault = self.kinds[random.usize(0..self.kinds.len())];
             let struck = match fault {
-                Fault::Open => self.host_call(machine, HostCall::Open, over),
-                Fault::Discard => self.host_call(machine, HostCall::Discard, over),
-                Fault::Slot => self.host_call(machine, HostCall::Slot, over),
+                Fault::Open => self.host_call(machine, HostCall::Open, over)?,
+                Fault::Discard => self.host_call(machine, HostCall::Discard, over)?,
+                Fault::Slot => self.host_call(machine, HostCall::Slot, over)?,
                 Fault::Busy => {
                     storm(machine, &mut random, over);
                     true
@@ -135,7 +139,12 @@ impl Injector {
 
     /// Lets the next call of the host fail; whether one came. The device has then undone it, and the driver hears that
     /// it may try again.
-    fn host_call(&self, machine: &Machine, call: HostCall, over: &Stop) -> bool {
+    fn host_call(
+        &self,
+        machine: &Machine,
+        call: HostCall,
+        over: &Stop,
+    ) -> Result<bool, CheckFailed> {
         let handle = machine.handle();
         let before = self.faults.struck();
         self.faults.arm(call);
@@ -147,9 +156,16 @@ impl Injector {
         self.faults.disarm();
         let struck = self.faults.struck();
         // Until the device has counted it, it may be undoing what came before: that is not to fail as well.
-        while handle.counters().host_failures < struck && !over.wait(pause) {}
+        let waiting = Instant::now();
+        while handle.counters().host_failures < struck && !over.wait(pause) {
+            check(
+                "host-failures-are-counted",
+                waiting.elapsed() <= self.limit,
+                || format!("{struck} calls have failed: {:?}", handle.counters()),
+            )?;
+        }
         handle.retry();
-        struck > before
+        Ok(struck > before)
     }
 }
 

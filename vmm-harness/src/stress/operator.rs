@@ -96,8 +96,7 @@ impl<'a> Operator<'a> {
         *lock(&shared.backend) = machine.backend().to_string();
         self.target = 0;
         checks::driver(&shared.plan, &self.settle(&machine, 0)?)?;
-        let kinds = &shared.options.faults;
-        let injector = Injector::new(kinds, options.seed, faults, options.vcpu_count);
+        let injector = Injector::new(shared.options, options.seed, faults);
         let blocks = Arc::new(BlockCount::new(machine.device().geometry().block_size()));
         let observed = machine.handle().add_observer(Arc::clone(&blocks));
         observed.map_err(io::Error::other)?;

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use virtio_mem::{Counters, Status};
 use virtio_mem_wire::{Answer, RequestKind};
+use vmem_guest::abi::DriverState;
 
 use crate::Report;
 use crate::control::Reason;
@@ -56,8 +57,12 @@ impl Watch {
                 .sum(),
             pages_moved: report.pages_moved,
         };
-        let reason = Reason::of(status, Some(report), None);
-        if reason.is_none() || status.frozen || self.last != Some(signs) {
+        // With all its blocks the driver may have something to do still, and must come to an end with it.
+        let settled = report.driver_state == Some(DriverState::Settled)
+            && report.requested_size == status.requested_size;
+        let reason = Reason::of(status, Some(report), None)
+            .or_else(|| (!settled).then_some(Reason::Converging));
+        if reason.is_none() || self.last != Some(signs) {
             self.last = Some(signs);
             self.since = now;
             return Ok(reason);
@@ -87,7 +92,7 @@ impl Watch {
 mod tests {
     use virtio_mem_driver::driver::{Mode, Strategy};
     use virtio_mem_wire::BlockMap;
-    use vmem_guest::abi::{DriverState, Shortfall};
+    use vmem_guest::abi::Shortfall;
 
     use super::*;
 
@@ -192,20 +197,21 @@ mod tests {
     }
 
     #[test]
-    fn who_has_arrived_or_is_held_off_is_not_stuck() {
+    fn who_has_settled_is_not_stuck_and_nobody_is_held_off_for_ever() {
         let none = Counters::default();
-        let converging = report(Shortfall::None, TARGET);
-        assert_eq!(
-            stuck_after(|_| (status(TARGET), none, converging.clone())),
-            None
-        );
+        let working = report(Shortfall::None, TARGET);
+        let settled = Report {
+            driver_state: Some(DriverState::Settled),
+            ..working.clone()
+        };
+        let arrived = |report: &Report| stuck_after(|_| (status(TARGET), none, report.clone()));
+        assert_eq!(arrived(&settled), None);
+        assert_eq!(arrived(&working), Some(31));
         let frozen = Status {
             frozen: true,
             ..status(0)
         };
-        assert_eq!(
-            stuck_after(|_| (frozen.clone(), none, converging.clone())),
-            None
-        );
+        let held_off = stuck_after(|_| (frozen.clone(), none, working.clone()));
+        assert_eq!(held_off, Some(121));
     }
 }
