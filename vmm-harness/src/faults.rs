@@ -1,7 +1,7 @@
 //! Faults of the host on request: what a VMM meets rarely, often.
 //!
-//! [`Faults`] are armed by whoever tests and strike in the backing and the slots of one device. Each strikes once: what a
-//! device does to undo the step that failed succeeds, as long as no other is armed before it has counted the first
+//! [`Faults`] are armed by whoever tests and strike in the backing and the slots of one device. Each strikes once: what
+//! a device does to undo the step that failed succeeds, as long as no other is armed before it has counted the first
 //! ([`Counters::host_failures`](virtio_mem::Counters::host_failures)).
 #![expect(
     unsafe_code,

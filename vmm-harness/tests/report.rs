@@ -286,7 +286,8 @@ fn the_report_is_whole_self_contained_and_readable() {
     }
 }
 
-/// Not a test: `VMEM_REPORT=DIR VMEM_PICTURE=FILE cargo test --test report -- --ignored` makes the picture of the README.
+/// Not a test: makes the picture of the README, as
+/// `VMEM_REPORT=DIR VMEM_PICTURE=FILE cargo test -p vmm-harness --test report -- --ignored`.
 #[test]
 #[ignore = "makes a picture of a report that is there"]
 fn picture() {

@@ -23,9 +23,9 @@ use super::machine::MachineArgs;
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 pub(crate) const HELP: &str = "\
-Checked all the time: pages are what the guest wrote; no more is resident than plugged; resizes progress or have a reason;
-whenever the guest has settled, too: device and driver have the same blocks, no slot, mapping, descriptor or thread is
-left over. The first failure ends the run.
+Checked all the time: pages are what the guest wrote; no more is resident than plugged; resizes progress or have a
+reason. Whenever the guest has settled, too: device and driver have the same blocks; no slot, mapping, descriptor or
+thread is left over. The first failure ends the run.
 
 A seed repeats what is asked for, what goes wrong and when, and what the guest chooses; not the timing of threads.
 

@@ -103,8 +103,8 @@ pub struct Sample {
 pub struct Map {
     /// Since the run began.
     pub seconds: f64,
-    /// From the region's start, one digit for each equal share of the region: how many ninths of its blocks are plugged,
-    /// 0 only for none and 9 only for all.
+    /// From the region's start, one digit for each equal share of it: how many ninths of its blocks are plugged, 0 only
+    /// for none and 9 only for all.
     pub shares: String,
 }
 

@@ -6,6 +6,9 @@ use crate::demo::size;
 
 const STYLE: &str = include_str!("style.css");
 
+/// Nothing but its own style, and an icon that is empty.
+const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'";
+
 pub(super) fn page(recording: &Recording) -> String {
     let (title, class) = match recording.outcome {
         Outcome::Passed => ("every check held", "passed"),
@@ -17,7 +20,7 @@ pub(super) fn page(recording: &Recording) -> String {
     });
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\n\
          <meta name=\"viewport\" content=\"width=device-width\">\n<link rel=\"icon\" href=\"data:,\">\n\
          <title>vmem stress: {title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
          <h1>vmem stress <span class=\"{class}\">{title}</span></h1>\n{failure}\

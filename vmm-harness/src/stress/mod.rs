@@ -4,7 +4,7 @@
 //!
 //! | thread | does | file |
 //! |---|---|---|
-//! | operator | resizes by a pattern, waits for the guest to settle where the pattern says so, and checks everything then | `operator.rs`, `pattern.rs` |
+//! | operator | resizes by a pattern, and checks everything where that lets the guest settle | `operator.rs`, `pattern.rs` |
 //! | observer | samples, and checks what must hold at any time | `observer.rs`, `watch.rs` |
 //! | injector | makes things go wrong, if asked to | `injector.rs`, [`faults`](crate::faults) |
 //!

@@ -76,8 +76,8 @@ impl Watch {
             return Ok(reason);
         }
         let found = format!(
-            "{} bytes are requested, {} are plugged, and nothing has happened for {idle:.1?}, because of {reason:?}; the \
-             driver is {:?} with {:?}, its target is {}",
+            "{} bytes are requested, {} are plugged, and nothing has happened for {idle:.1?}, because of \
+             {reason:?}; the driver is {:?} with {:?}, its target is {}",
             status.requested_size,
             status.plugged_size,
             report.driver_state,
