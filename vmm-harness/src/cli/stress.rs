@@ -301,7 +301,7 @@ fn print_summary(out: &mut dyn Write, recording: &Recording) -> io::Result<()> {
     writeln!(out, "{}, seed {}", run.backend, run.seed)?;
     writeln!(
         out,
-        "{} resizes in {:.1} s, {:.1}/s; {} guests, at rest and checked {} times, looked at {} times",
+        "{} resizes in {:.1} s, {:.1}/s; guest lives: {}; at rest and checked {} times, looked at {} times",
         summary.resizes,
         summary.seconds,
         summary.resizes as f64 / summary.seconds,
@@ -330,10 +330,7 @@ fn print_summary(out: &mut dyn Write, recording: &Recording) -> io::Result<()> {
         )?;
     }
     if !summary.reasons.is_empty() {
-        let reason = |count: &ReasonCount| {
-            let name = serde_json::to_value(count.reason).unwrap_or_default();
-            format!("{} {}", count.count, name.as_str().unwrap_or_default())
-        };
+        let reason = |count: &ReasonCount| format!("{} {}", count.count, count.reason);
         let reasons: Vec<_> = summary.reasons.iter().map(reason).collect();
         writeln!(
             out,

@@ -63,8 +63,7 @@ fn facts(recording: &Recording) -> String {
 
 fn totals(recording: &Recording) -> String {
     let summary = &recording.summary;
-    let faults: u64 = summary.faults.iter().map(|fault| fault.count).sum();
-    let cards = [
+    let mut cards = vec![
         ("seconds", format!("{:.1}", summary.seconds)),
         ("resizes", summary.resizes.to_string()),
         ("blocks plugged", summary.blocks_plugged.to_string()),
@@ -73,10 +72,37 @@ fn totals(recording: &Recording) -> String {
         ("pages moved", summary.pages_moved.to_string()),
         ("checks at rest", summary.rests.to_string()),
         ("checks on the way", summary.observations.to_string()),
-        ("guests", summary.lives.to_string()),
-        ("faults", faults.to_string()),
-        ("rogues caught", summary.rogues.to_string()),
+        ("guest lives", summary.lives.to_string()),
     ];
-    let cards = cards.map(|(name, value)| format!("<li><b>{value}</b> {name}</li>\n"));
-    format!("<ul class=\"totals\">\n{}</ul>\n", cards.concat())
+    if summary.rogues > 0 {
+        cards.push(("rogues caught", summary.rogues.to_string()));
+    }
+    let list = |cards: Vec<(&str, String)>| {
+        let cards = cards.into_iter();
+        let cards: String = cards
+            .map(|(name, value)| format!("<li><b>{value}</b> {name}</li>\n"))
+            .collect();
+        format!("<ul class=\"totals\">\n{cards}</ul>\n")
+    };
+    let mut html = list(cards);
+    let faults = summary
+        .faults
+        .iter()
+        .map(|fault| (fault.fault, fault.count.to_string()));
+    let reasons = summary
+        .reasons
+        .iter()
+        .map(|reason| (reason.reason.as_str(), reason.count.to_string()));
+    for (title, counts) in [
+        ("Faults", faults.collect::<Vec<_>>()),
+        (
+            "Looked at on the way to a size, and why it was not there",
+            reasons.collect(),
+        ),
+    ] {
+        if !counts.is_empty() {
+            html += &format!("<h3>{title}</h3>\n{}", list(counts));
+        }
+    }
+    html
 }

@@ -12,7 +12,8 @@ const WIDTH: f64 = 860.0;
 /// Points of a rate over time.
 const BINS: usize = 200;
 
-/// The lines of memory over time: class, legend and value.
+/// The lines of memory over time: class, legend and value. What is requested, plugged and online stays what it is until it
+/// changes, so these lines go in steps.
 type Series = (&'static str, &'static str, fn(&Sample) -> u64);
 
 const MEMORY: [Series; 4] = [
@@ -104,10 +105,23 @@ fn memory(vm: &Vm, title: &str, index: usize, seconds: f64) -> String {
     let mut chart = Chart::new(title, Axis::time(seconds), y, (WIDTH, 300.0));
     for (class, _, value) in MEMORY {
         let point = |sample: &Sample| (sample.seconds, value(sample) as f64);
-        chart.line(class, vm.samples.iter().map(point));
+        let points = vm.samples.iter().map(point);
+        match class {
+            "resident" => chart.line(class, points),
+            _ => chart.line(class, steps(points)),
+        }
     }
     let legend = MEMORY.map(|(class, text, _)| (class, text));
     figure(&format!("memory-{index}"), title, &legend, chart)
+}
+
+/// Each point, and below or above each but the first where the line was until then.
+fn steps(points: impl Iterator<Item = (f64, f64)>) -> impl Iterator<Item = (f64, f64)> {
+    let mut last = None;
+    points.flat_map(move |(x, y)| {
+        let corner = last.replace(y).map(|before| (x, before));
+        corner.into_iter().chain([(x, y)])
+    })
 }
 
 fn blocks(vm: &Vm, title: &str, index: usize, seconds: f64, region_size: u64) -> String {
@@ -241,7 +255,6 @@ fn latencies(latency: &Latency) -> String {
     let x = Axis::decades("time", min, max, time_text);
     let counts = (most as f64).log10().ceil() as i32;
     let y = Axis::decades("requests", 0, counts, |ten| number(10f64.powi(ten))).from(-0.3);
-    let ms = |us: f64| format!("{:.3} ms", us / 1e3);
     let name = format!("{} → {}", latency.request, latency.answer);
     let mut chart = Chart::new(&name, x, y, (WIDTH / 2.0, 200.0));
     let bars = filled().map(|(bucket, count)| {
@@ -254,12 +267,27 @@ fn latencies(latency: &Latency) -> String {
     let title = format!(
         "{name}: {}, mean {}, 99 % below {}, longest {}",
         latency.count,
-        ms(latency.mean_us),
-        ms(p99),
-        ms(latency.max_us)
+        duration(latency.mean_us),
+        duration(p99),
+        duration(latency.max_us)
     );
     let id = format!("latency-{}-{}", latency.request, latency.answer);
     figure(&id, &title, &[], chart)
+}
+
+/// Microseconds, with three digits.
+fn duration(us: f64) -> String {
+    let (value, unit) = match us {
+        us if us < 1e3 => (us, "µs"),
+        us if us < 1e6 => (us / 1e3, "ms"),
+        us => (us / 1e6, "s"),
+    };
+    let digits = match value {
+        v if v < 10.0 => 2,
+        v if v < 100.0 => 1,
+        _ => 0,
+    };
+    format!("{value:.digits$} {unit}")
 }
 
 /// 10^`ten` ns.
@@ -294,6 +322,22 @@ mod tests {
             assert!((rate - 40.0).abs() < 1e-6, "{rate}");
         }
         assert_eq!(rate(&[], 10.0, |sample| sample.resizes), [(5.0, 0.0)]);
+    }
+
+    #[test]
+    fn steps_stay_until_they_change() {
+        let line: Vec<_> = steps([(0.0, 1.0), (1.0, 2.0), (3.0, 0.0)].into_iter()).collect();
+        assert_eq!(
+            line,
+            [(0.0, 1.0), (1.0, 1.0), (1.0, 2.0), (3.0, 2.0), (3.0, 0.0)]
+        );
+        assert_eq!(steps(std::iter::empty()).count(), 0);
+    }
+
+    #[test]
+    fn durations_have_three_digits() {
+        let texts = [0.123, 12.3, 134_041.0, 2_147_484.0].map(duration);
+        assert_eq!(texts, ["0.12 µs", "12.3 µs", "134 ms", "2.15 s"]);
     }
 
     #[test]

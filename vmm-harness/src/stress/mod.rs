@@ -157,8 +157,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared<'_> {
-    /// Whether there is time, or are resizes, left. Counts a resize.
-    fn next_resize(&self) -> bool {
+    /// Whether there is time, or are resizes, left.
+    fn goes_on(&self) -> bool {
         if self.stop.is_raised() || self.interrupted.load(Ordering::Relaxed) {
             return false;
         }

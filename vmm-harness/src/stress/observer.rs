@@ -39,9 +39,8 @@ pub(super) struct Observer<'a> {
 
 impl Observer<'_> {
     /// Looks until `over` is raised.
-    pub(super) fn run(&self, over: &Stop) -> Result<Seen, DemoError> {
+    pub(super) fn run(&self, over: &Stop, seen: &mut Seen) -> Result<(), DemoError> {
         let mut watch = Watch::new(self.shared.options.stuck_after, Instant::now());
-        let mut seen = Seen::default();
         while !over.wait(INTERVAL) {
             let reason = self.look(&mut watch)?;
             seen.observations += 1;
@@ -49,7 +48,7 @@ impl Observer<'_> {
                 *seen.reasons.entry(reason).or_default() += 1;
             }
         }
-        Ok(seen)
+        Ok(())
     }
 
     fn look(&self, watch: &mut Watch) -> Result<Option<Reason>, DemoError> {

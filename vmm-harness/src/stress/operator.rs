@@ -12,7 +12,7 @@ use vmem_guest::abi::DriverState;
 
 use super::census::{Census, LeakError, mappings_in, region_of};
 use super::injector::Injector;
-use super::observer::Observer;
+use super::observer::{Observer, Seen};
 use super::pattern::{Move, Moves, Then};
 use super::stop::Stop;
 use super::{Failure, Shared, VmState, lock};
@@ -68,7 +68,7 @@ impl<'a> Operator<'a> {
 
     /// Lets guests live until it is enough.
     pub(super) fn run(mut self) {
-        while self.shared.next_resize() {
+        while self.shared.goes_on() {
             let before = Census::take().map_err(DemoError::from);
             let lived = before.and_then(|before| self.life(before));
             if let Err(source) = lived {
@@ -100,7 +100,6 @@ impl<'a> Operator<'a> {
         let blocks = Arc::new(BlockCount::new(machine.device().geometry().block_size()));
         let observed = machine.handle().add_observer(Arc::clone(&blocks));
         observed.map_err(io::Error::other)?;
-        let over = Stop::default();
         let earlier = *lock(&self.state().live);
         let observer = Observer {
             shared,
@@ -109,42 +108,12 @@ impl<'a> Operator<'a> {
             blocks: &blocks,
             before: earlier,
         };
-        let seen = thread::scope(|scope| {
-            let observing = thread::Builder::new()
-                .name(format!("vmem-observer{}", self.vm))
-                .spawn_scoped(scope, || {
-                    // The operator is not to wait for what does not come.
-                    let looked = observer.run(&over);
-                    if looked.is_err() {
-                        shared.stop.raise();
-                    }
-                    looked
-                })?;
-            let injecting = thread::Builder::new()
-                .name(format!("vmem-injector{}", self.vm))
-                .spawn_scoped(scope, || {
-                    let injected = injector.run(&machine, &over);
-                    if injected.is_err() {
-                        shared.stop.raise();
-                    }
-                    injected
-                })
-                .inspect_err(|_| over.raise())?;
-            let operated = self.operate(&machine, &injector);
-            over.raise();
-            let injected = injecting.join().unwrap_or_else(|_| panicked("injector"));
-            let observed = observing.join().unwrap_or_else(|_| panicked("observer"));
-            // What these have found made the operator stop.
-            injected?;
-            let seen = observed?;
-            operated.map(|()| seen)
-        })?;
+        let (seen, ran) = self.attended(&machine, &observer, &injector);
         let handle = machine.handle();
-        let device = machine.device().clone();
-        let last = self.end(machine)?;
-        if shared.stop.is_raised() {
-            return Ok(());
-        }
+        let (last, ended) = match ran {
+            Ok(()) => self.end(machine),
+            Err(error) => (machine.progress(), Err(error)),
+        };
         let (plugged, unplugged) = blocks.get();
         let mut summary = lock(&self.state().summary);
         summary.observations += seen.observations;
@@ -161,15 +130,49 @@ impl<'a> Operator<'a> {
         live.blocks_plugged = summary.blocks_plugged;
         live.blocks_unplugged = summary.blocks_unplugged;
         live.pages_verified = summary.pages_verified;
-        drop((summary, live, handle, device));
+        drop((summary, live, handle));
+        ended?;
         self.alone(|| before.nothing_leaked())
+    }
+
+    /// Resizes a guest that is observed, and for which things go wrong meanwhile.
+    fn attended(
+        &mut self,
+        machine: &Machine,
+        observer: &Observer<'_>,
+        injector: &Injector,
+    ) -> (Seen, Result<(), DemoError>) {
+        let over = Stop::default();
+        let stop = &self.shared.stop;
+        let (observer_name, injector_name) = (
+            format!("vmem-observer{}", self.vm),
+            format!("vmem-injector{}", self.vm),
+        );
+        // Whoever finds something wrong lets the operator stop, who would wait for what does not come.
+        let tell = |result: Result<(), DemoError>| result.inspect_err(|_| stop.raise());
+        let mut seen = Seen::default();
+        let ran = thread::scope(|scope| {
+            let observing = thread::Builder::new()
+                .name(observer_name)
+                .spawn_scoped(scope, || tell(observer.run(&over, &mut seen)))?;
+            let injecting = thread::Builder::new()
+                .name(injector_name)
+                .spawn_scoped(scope, || tell(injector.run(machine, &over)))
+                .inspect_err(|_| over.raise())?;
+            let operated = self.operate(machine, injector);
+            over.raise();
+            let injected = injecting.join().unwrap_or_else(|_| panicked("injector"));
+            let observed = observing.join().unwrap_or_else(|_| panicked("observer"));
+            injected.and(observed).and(operated)
+        });
+        (seen, ran)
     }
 
     /// Resizes until the life is over or it is enough, and comes to rest without memory.
     fn operate(&mut self, machine: &Machine, injector: &Injector) -> Result<(), DemoError> {
         let begun = Census::take()?;
         for _ in 0..self.life_len() {
-            if !self.shared.next_resize() {
+            if !self.shared.goes_on() {
                 break;
             }
             let Some(Move { target, then }) = self.moves.next() else {
@@ -265,22 +268,22 @@ impl<'a> Operator<'a> {
         Ok(())
     }
 
-    /// Ends the guest; what it said last.
-    fn end(&self, mut machine: Machine) -> Result<Report, DemoError> {
+    /// Ends the guest; what it said last, and whether it ended as it should.
+    fn end(&self, mut machine: Machine) -> (Report, Result<(), DemoError>) {
         if self.shared.stop.is_raised() {
             // Something is wrong already, and not to be covered by what follows from it.
-            return Ok(machine.progress());
+            return (machine.progress(), Ok(()));
         }
         if self.shared.options.rogue {
-            let handle = machine.handle();
-            let last = machine.progress();
-            demo::go_rogue(machine, &handle)?;
-            lock(&self.state().summary).rogues += 1;
-            self.shared.budget.settle(self.vm, 0);
-            return Ok(last);
+            let (handle, last) = (machine.handle(), machine.progress());
+            let caught = demo::go_rogue(machine, &handle).map(|_| {
+                lock(&self.state().summary).rogues += 1;
+                self.shared.budget.settle(self.vm, 0);
+            });
+            return (last, caught);
         }
-        demo::end(&mut machine)?;
-        Ok(machine.progress())
+        let ended = demo::end(&mut machine).map(|_| ());
+        (machine.progress(), ended)
     }
 
     fn granule_size(&self) -> u64 {

@@ -23,9 +23,9 @@ pub struct Summary {
     pub rests: u64,
     /// Times what must hold at any time was checked.
     pub observations: u64,
-    /// Blocks plugged.
+    /// Blocks plugged, and those that stayed because unplugging them failed.
     pub blocks_plugged: u64,
-    /// Blocks unplugged.
+    /// Blocks unplugged, also if that failed in the end.
     pub blocks_unplugged: u64,
     /// Pages allocated and filled.
     pub pages_written: u64,
@@ -55,8 +55,8 @@ pub struct FaultCount {
 /// Times a size was not there for one reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ReasonCount {
-    /// The reason.
-    pub reason: Reason,
+    /// Its name, as in the control API.
+    pub reason: String,
     /// How many.
     pub count: u64,
 }
@@ -103,9 +103,18 @@ impl Summary {
     }
 
     pub(super) fn add_reason(&mut self, reason: Reason, count: u64) {
+        // The names are those its serialization gives it.
+        let name = serde_json::to_value(reason).unwrap_or_default();
+        self.add_reason_named(name.as_str().unwrap_or_default(), count);
+    }
+
+    fn add_reason_named(&mut self, reason: &str, count: u64) {
         match self.reasons.iter_mut().find(|have| have.reason == reason) {
             Some(have) => have.count += count,
-            None => self.reasons.push(ReasonCount { reason, count }),
+            None => self.reasons.push(ReasonCount {
+                reason: reason.to_owned(),
+                count,
+            }),
         }
     }
 
@@ -134,7 +143,7 @@ impl Summary {
             self.add_fault(fault.fault, fault.count);
         }
         for reason in &other.reasons {
-            self.add_reason(reason.reason, reason.count);
+            self.add_reason_named(&reason.reason, reason.count);
         }
         for latency in &other.requests {
             self.add_latency(latency);
