@@ -62,13 +62,13 @@ impl Watch {
             && report.requested_size == status.requested_size;
         let reason = Reason::of(status, Some(report), None)
             .or_else(|| (!settled).then_some(Reason::Converging));
-        if reason.is_none() || self.last != Some(signs) {
+        let Some(why) = reason.filter(|_| self.last == Some(signs)) else {
             self.last = Some(signs);
             self.since = now;
             return Ok(reason);
-        }
-        let limit = match reason {
-            Some(Reason::Converging | Reason::DriverBooting) => self.limit,
+        };
+        let limit = match why {
+            Reason::Converging | Reason::DriverBooting => self.limit,
             _ => self.limit.saturating_mul(WITH_A_REASON),
         };
         let idle = now.saturating_duration_since(self.since);
@@ -76,8 +76,8 @@ impl Watch {
             return Ok(reason);
         }
         let found = format!(
-            "{} bytes are requested, {} are plugged, and nothing has happened for {idle:.1?}, because of \
-             {reason:?}; the driver is {:?} with {:?}, its target is {}",
+            "{} bytes are requested, {} are plugged, and nothing has happened for {idle:.1?} but {why:?}; the driver \
+             says {:?} because of {:?}, and its target is {}",
             status.requested_size,
             status.plugged_size,
             report.driver_state,
