@@ -97,7 +97,13 @@ fn every_pattern_and_workload(guest: GuestKind) {
         options.pattern = pattern;
         options.guest.workload = workload;
         options.guest.strategy = strategy;
-        run(&options);
+        let summary = run(&options).summary;
+        match workload {
+            Workload::Alloc => assert_eq!(summary.most_unmovable, 0),
+            Workload::Pin => assert!(summary.most_unmovable > 0),
+            // There may have been too little time for one.
+            Workload::Mixed => {}
+        }
     }
 }
 

@@ -319,8 +319,8 @@ fn print_summary(out: &mut dyn Write, recording: &Recording) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "{} pages verified, {} written, {} moved out of the way",
-        summary.pages_verified, summary.pages_written, summary.pages_moved
+        "{} pages verified, {} written, {} moved out of the way, at most {} at a time not movable",
+        summary.pages_verified, summary.pages_written, summary.pages_moved, summary.most_unmovable
     )?;
     if summary.rogues > 0 {
         writeln!(

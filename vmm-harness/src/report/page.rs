@@ -70,6 +70,10 @@ fn totals(recording: &Recording) -> String {
         ("blocks unplugged", summary.blocks_unplugged.to_string()),
         ("pages verified", summary.pages_verified.to_string()),
         ("pages moved", summary.pages_moved.to_string()),
+        (
+            "pages at most not movable",
+            summary.most_unmovable.to_string(),
+        ),
         ("checks at rest", summary.rests.to_string()),
         ("checks on the way", summary.observations.to_string()),
         ("guest lives", summary.lives.to_string()),

@@ -24,6 +24,8 @@ pub(super) struct Seen {
     pub(super) observations: u64,
     /// Why the size was not there, as often as it was not.
     pub(super) reasons: BTreeMap<Reason, u64>,
+    /// Most pages at a time that could not be moved.
+    pub(super) most_unmovable: u64,
 }
 
 /// Looks at one guest for one life.
@@ -42,8 +44,9 @@ impl Observer<'_> {
     pub(super) fn run(&self, over: &Stop, seen: &mut Seen) -> Result<(), DemoError> {
         let mut watch = Watch::new(self.shared.options.stuck_after, Instant::now());
         while !over.wait(INTERVAL) {
-            let reason = self.look(&mut watch)?;
+            let (reason, unmovable) = self.look(&mut watch)?;
             seen.observations += 1;
+            seen.most_unmovable = seen.most_unmovable.max(unmovable);
             if let Some(reason) = reason {
                 *seen.reasons.entry(reason).or_default() += 1;
             }
@@ -51,7 +54,8 @@ impl Observer<'_> {
         Ok(())
     }
 
-    fn look(&self, watch: &mut Watch) -> Result<Option<Reason>, DemoError> {
+    /// Why the size is not there, if it is not, and how many pages cannot be moved.
+    fn look(&self, watch: &mut Watch) -> Result<(Option<Reason>, u64), DemoError> {
         let handle = self.machine.handle();
         // One that is late is told what is known: being late is the operator's and the watch's business.
         let report = self.machine.report(INTERVAL);
@@ -71,7 +75,8 @@ impl Observer<'_> {
         self.shared.budget.check(self.vm, plugged)?;
         let reason = watch.observe(Instant::now(), &status, &counters, &report)?;
         self.record(&handle, &report, resident);
-        Ok(reason)
+        let unmovable = report.workers.iter().map(|worker| worker.pages_unmovable);
+        Ok((reason, unmovable.sum()))
     }
 
     fn record(&self, handle: &Handle, report: &Report, resident: u64) {

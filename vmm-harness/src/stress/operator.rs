@@ -120,6 +120,7 @@ impl<'a> Operator<'a> {
         for (reason, count) in &seen.reasons {
             summary.add_reason(*reason, *count);
         }
+        summary.most_unmovable = summary.most_unmovable.max(seen.most_unmovable);
         summary.blocks_plugged += plugged;
         summary.blocks_unplugged += unplugged;
         summary.add_life(&last, &handle.latencies());

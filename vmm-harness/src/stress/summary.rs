@@ -33,6 +33,8 @@ pub struct Summary {
     pub pages_verified: u64,
     /// Pages the driver moved out of the way.
     pub pages_moved: u64,
+    /// Most pages of a guest that were seen not to be movable at a time.
+    pub most_unmovable: u64,
     /// Accesses to unplugged memory that were asked for, and caught.
     pub rogues: u64,
     /// Faults injected, by kind.
@@ -138,6 +140,7 @@ impl Summary {
         self.pages_written += other.pages_written;
         self.pages_verified += other.pages_verified;
         self.pages_moved += other.pages_moved;
+        self.most_unmovable = self.most_unmovable.max(other.most_unmovable);
         self.rogues += other.rogues;
         for fault in &other.faults {
             self.add_fault(fault.fault, fault.count);
