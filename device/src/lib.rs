@@ -176,6 +176,14 @@ impl VirtioMem {
         self.0.slot_size
     }
 
+    /// The proximity domain the device names, for whoever writes the guest's tables; `None` without
+    /// `VIRTIO_MEM_F_ACPI_PXM`.
+    #[must_use]
+    pub fn node_id(&self) -> Option<u16> {
+        let named = self.device_features().contains(Features::ACPI_PXM);
+        named.then(|| self.0.config.node_id())
+    }
+
     /// The most hypervisor memory slots the device uses at a time. How many it uses now is in
     /// [`Status::slot_count`].
     #[must_use]

@@ -21,7 +21,7 @@ use integration_tests::random::{Random, seed};
 use serde_json::{Value, json};
 use vmm_harness::api::client::exchange;
 use vmm_harness::api::{ApiServer, Limits};
-use vmm_harness::control::Instance;
+use vmm_harness::control::{DeviceOptions, GuestOptions, Instance};
 use vmm_harness::demo::DemoOptions;
 use vmm_harness::vfio_user::ServerSocket;
 use vmm_harness::{GuestKind, open_kvm};
@@ -37,6 +37,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Signs of life an event may take.
 const HEARTBEATS: usize = 12;
 
+/// Each waits for a report of the guest.
+const LOOKS: usize = 1000;
+
 /// A server, and the guest it controls.
 struct Rig {
     socket: PathBuf,
@@ -47,18 +50,34 @@ struct Rig {
 impl Rig {
     /// A guest of 256 MiB that can have 512 MiB more, and has no work to do unless told so.
     fn new(guest: GuestKind, worker_pages: u64) -> Self {
+        Self::with(guest, worker_pages, &[])
+    }
+
+    /// As [`new`](Self::new), with a second device, mem1, that is on node 1.
+    fn with_two(guest: GuestKind, worker_pages: u64) -> Self {
+        let second = DeviceOptions {
+            region: 512 * MIB,
+            node_id: Some(1),
+            ..DeviceOptions::new("mem1")
+        };
+        Self::with(guest, worker_pages, &[second])
+    }
+
+    fn with(guest: GuestKind, worker_pages: u64, others: &[DeviceOptions]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("vmem-api-{}-{number}.sock", std::process::id());
         let socket = std::env::temp_dir().join(name);
         let options = DemoOptions {
             region: 512 * MIB,
+            node_id: (!others.is_empty()).then_some(0),
             targets: Some(vec![0]),
             guest,
             worker_pages,
             ..DemoOptions::default()
         };
-        let instance = Arc::new(Instance::new(options).unwrap());
+        let instance =
+            Arc::new(Instance::new(GuestOptions::new(options, others.to_vec())).unwrap());
         let limits = Limits {
             streams: 2,
             body: BODY_LIMIT,
@@ -77,7 +96,7 @@ impl Rig {
 
     fn started(guest: GuestKind, worker_pages: u64) -> Self {
         let rig = Self::new(guest, worker_pages);
-        rig.instance.start(None).unwrap();
+        rig.instance.start().unwrap();
         rig
     }
 
@@ -110,8 +129,12 @@ impl Rig {
 
     /// Asks for a size, and waits until it is there.
     fn resize(&self, bytes: u64) {
-        let (status, operation) =
-            self.json("POST", "/operations", &json!({"requested_size": bytes}));
+        self.resize_device("mem0", bytes);
+    }
+
+    fn resize_device(&self, device: &str, bytes: u64) {
+        let body = json!({"device": device, "requested_size": bytes});
+        let (status, operation) = self.json("POST", "/operations", &body);
         assert_eq!(status, 201, "{operation}");
         let ended = self.get(&format!("/operations/{}?wait=1m", operation["id"]));
         assert_eq!(ended["state"], "settled", "{ended}");
@@ -158,9 +181,13 @@ impl Rig {
             (status, _) => json!(status),
         };
         let operations = self.json("GET", "/operations", &Value::Null);
+        let devices = self.instance.devices();
+        let devices = devices
+            .iter()
+            .map(|id| self.get(&format!("/hotplug/memory/{id}")));
         json!([
             self.get("/"),
-            self.get("/hotplug/memory"),
+            devices.collect::<Vec<_>>(),
             blocks,
             operations.1
         ])
@@ -270,7 +297,8 @@ fn server_answers_as_the_document_says() {
     let rig = Rig::new(GuestKind::InProcess, 64);
     let mut ok =
         |rig: &Rig, method: &str, path: &str, id: &str, query: &str, body: &Value, status: u16| {
-            let target = format!("{}{query}", path.replace("{id}", id));
+            let path_of = path.replace("{id}", id).replace("{device}", id);
+            let target = format!("{path_of}{query}");
             let body = match body {
                 Value::Null => String::new(),
                 body => body.to_string(),
@@ -361,6 +389,44 @@ fn server_answers_as_the_document_says() {
         512
     );
 
+    let device = "/hotplug/memory/{device}";
+    let two = Rig::with_two(GuestKind::InProcess, 0);
+    let no = "nobody";
+    let size = json!({"requested_size": "64M"});
+    let start = json!({"action_type": "InstanceStart"});
+    let part = |part: &str| format!("{device}/{part}");
+    ok(&two, "PUT", device, "mem1", "", &config, 204);
+    ok(&two, "PUT", device, no, "", &config, 404);
+    ok(&two, "PUT", &part("state"), no, "", &state, 404);
+    ok(&two, "PUT", "/actions", "", "", &start, 204);
+    ok(&two, "PATCH", device, "mem1", "", &size, 204);
+    ok(&two, "PATCH", device, no, "", &size, 404);
+    // Then its driver is there, which might have requests in flight.
+    ok(&two, "GET", "/operations/{id}", "1", "?wait=60s", none, 200);
+    ok(&two, "GET", &part("state"), "mem1", "", none, 409);
+    for (method, name, status) in [
+        ("PUT", "freeze", 204),
+        ("GET", "state", 200),
+        ("PUT", "thaw", 204),
+        ("GET", "blocks", 200),
+    ] {
+        ok(&two, method, &part(name), "mem1", "", none, status);
+        ok(&two, method, &part(name), no, "", none, 404);
+    }
+    let status = ok(&two, "GET", device, "mem1", "", none, 200);
+    assert_eq!(
+        (&status["id"], &status["node_id"]),
+        (&json!("mem1"), &json!(1))
+    );
+    assert_eq!(status["total_size_mib"], 1024);
+    ok(&two, "GET", device, no, "", none, 404);
+    let body = json!({"device": no, "requested_size": "64M"});
+    ok(&two, "POST", "/operations", "", "", &body, 404);
+    // Whatever its name, a device begins as it was saved.
+    let other = Rig::new(GuestKind::InProcess, 0);
+    ok(&other, "PUT", device, "mem0", "", &config, 204);
+    ok(&other, "PUT", &part("state"), "mem0", "", &state, 204);
+
     // The stream has no end; its head is enough here, and while two are open there is no place for another.
     let _streams = [(); 2].map(|()| rig.events(None));
     let events = endpoint("GET", "/events");
@@ -369,7 +435,10 @@ fn server_answers_as_the_document_says() {
     assert_eq!(answer.status().as_u16(), 429);
 
     for endpoint in conformance.document.endpoints() {
-        let target = endpoint.path.replace("{id}", "1");
+        let target = endpoint
+            .path
+            .replace("{id}", "1")
+            .replace("{device}", "mem0");
         conformance.check(&rig, &endpoint, &format!("{target}?no=query"), "");
         let large = " ".repeat(BODY_LIMIT + 1);
         if conformance.document.statuses(&endpoint).contains(&413) {
@@ -425,7 +494,12 @@ fn bad_request(document: &Document, random: &mut Random) -> Bad {
     ];
     let endpoints = document.endpoints();
     let endpoint = &endpoints[random.index(endpoints.len())];
-    let target = endpoint.path.replace("{id}", &random.below(4).to_string());
+    let device = ["mem0", "mem1", "nobody"][random.index(3)];
+    let id = random.below(4).to_string();
+    let target = endpoint
+        .path
+        .replace("{id}", &id)
+        .replace("{device}", device);
     let http = |method: &str, target: String, body: Vec<u8>| Bad::Http {
         method: method.into(),
         target,
@@ -544,9 +618,11 @@ fn thousand_bad_requests_are_refused_and_change_nothing() {
     let mut random = Random::new(seed());
     let document = Document::new();
     let fault = document.validator(&document.schema("Fault"));
-    let fresh = Rig::new(GuestKind::InProcess, 0);
-    let running = Rig::started(GuestKind::InProcess, 0);
+    let fresh = Rig::with_two(GuestKind::InProcess, 0);
+    let running = Rig::with_two(GuestKind::InProcess, 0);
+    running.instance.start().unwrap();
     running.resize(128 * MIB);
+    running.resize_device("mem1", 64 * MIB);
     for rig in [&fresh, &running] {
         let before = rig.state();
         for number in 0..500 {
@@ -804,6 +880,83 @@ fn restored_device_has_the_blocks_of_the_saved_one_and_its_guest_settles() {
 }
 
 #[test]
+fn devices_are_resized_frozen_and_saved_each_on_its_own_and_their_nodes_are_told_apart() {
+    on_both("two devices", |guest| {
+        let rig = Rig::with_two(guest, 64);
+        rig.instance.start().unwrap();
+        assert_eq!(rig.get("/")["devices"], json!(["mem0", "mem1"]));
+        let mut stream = rig.events(None);
+        // Node and plugged MiB, once the guest has come to rest: then as much of the node is online.
+        let sizes = |id: &str| {
+            let path = format!("/hotplug/memory/{id}");
+            let mut looks = (0..LOOKS).map(|_| rig.get(&path));
+            let settled = |status: &Value| status["guest"]["driver_state"] == "settled";
+            let status = looks.find(settled).expect("the driver settles");
+            let guest = &status["guest"];
+            assert_eq!(guest["online_size"], status["plugged_size"], "{status}");
+            let number = |value: &Value| value.as_u64().unwrap();
+            (number(&guest["node"]), number(&status["plugged_size_mib"]))
+        };
+        rig.resize_device("mem1", 256 * MIB);
+        assert_eq!((sizes("mem0"), sizes("mem1")), ((0, 0), (1, 256)));
+        rig.resize_device("mem0", 130 * MIB);
+        assert_eq!((sizes("mem0"), sizes("mem1")), ((0, 130), (1, 256)));
+        assert_eq!(rig.get("/hotplug/memory")["id"], "mem0");
+
+        // Frozen, one does not hold up the other.
+        let freeze = rig.json("PUT", "/hotplug/memory/mem1/freeze", &Value::Null);
+        assert_eq!(freeze.0, 204);
+        let patch = json!({"requested_size_mib": 0});
+        assert_eq!(rig.json("PATCH", "/hotplug/memory/mem1", &patch).0, 204);
+        rig.resize(64 * MIB);
+        let operations = rig.get("/operations");
+        let told: Vec<_> = operations["operations"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|operation| (&operation["id"], &operation["device"]))
+            .collect();
+        let expected = [(1, "mem1"), (2, "mem0"), (3, "mem1"), (4, "mem0")];
+        let expected = expected.map(|(id, device)| (json!(id), json!(device)));
+        assert_eq!(told, expected.each_ref().map(|(id, device)| (id, device)));
+        assert_eq!(rig.get("/operations/3")["reason"], "frozen");
+        assert_eq!(sizes("mem0"), (0, 64));
+        assert_eq!(rig.get("/hotplug/memory/mem1")["plugged_size_mib"], 256);
+        let events = events_until(&mut stream, |event| {
+            event["id"] == 4 && event["state"] == "settled"
+        });
+        let frozen = events.iter().find(|event| event["event"] == "frozen");
+        assert_eq!(frozen.unwrap()["device"], "mem1");
+
+        let metrics = rig.send("GET", "/metrics", "");
+        let metrics = String::from_utf8(metrics.body().to_vec()).unwrap();
+        for line in [
+            "vmem_frozen{device=\"mem1\"} ",
+            "vmem_guest_online_bytes{device=\"mem0\"} ",
+        ] {
+            assert!(metrics.contains(line), "{line}: {metrics}");
+        }
+
+        // A guest starts when it has the state of both.
+        let freeze = rig.json("PUT", "/hotplug/memory/freeze", &Value::Null);
+        assert_eq!(freeze.0, 204);
+        let restored = Rig::with_two(guest, 64);
+        for (id, state) in [("mem1", "Not started"), ("mem0", "Running")] {
+            let path = format!("/hotplug/memory/{id}/state");
+            assert_eq!(restored.json("PUT", &path, &rig.get(&path)).0, 204);
+            assert_eq!(restored.get("/")["state"], state);
+        }
+        restored.resize(0);
+        restored.resize_device("mem1", 512 * MIB);
+        for rig in [rig, restored] {
+            let (_, guest) = rig.instance.stop().unwrap();
+            assert_eq!(guest.pages_wrong, 0);
+            assert!(guest.pages_verified > 0);
+        }
+    });
+}
+
+#[test]
 fn metrics_follow_the_device() {
     let rig = Rig::started(GuestKind::InProcess, 64);
     rig.resize(64 * MIB);
@@ -815,7 +968,7 @@ fn metrics_follow_the_device() {
             "virtio_mem_requests_total{region=\"0x100000000\",request=\"plug\",answer=\"ack\"}",
             1.0,
         ),
-        ("vmem_guest_plugged_bytes", (64 * MIB) as f64),
+        ("vmem_guest_plugged_bytes{device=\"mem0\"}", 0.0),
         ("vmem_guest_pages_wrong_total", 0.0),
     ] {
         let value = text

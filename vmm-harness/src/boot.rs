@@ -19,7 +19,7 @@ use linux_loader::loader::{Elf, KernelLoader};
 use thiserror::Error;
 use virtio_mem_driver::driver::{Policy, Strategy};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
-use vmem_guest::abi::{BOOT_MAGIC, BootInfo, driver};
+use vmem_guest::abi::{BOOT_MAGIC, BootInfo, DeviceInfo, MAX_DEVICES, driver};
 
 use crate::BootMemory;
 use crate::layout::{IMAGE_START, LARGE_PAGE, Layout, PAGE, PORT, VIRTIO_MMIO};
@@ -48,12 +48,14 @@ pub(crate) struct LoadedImage {
 }
 
 /// What the guest program is told besides the layout.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct GuestParameters {
     pub(crate) seed: u64,
     pub(crate) worker_pages: u64,
     pub(crate) policy: Policy,
     pub(crate) mixed_zones: bool,
+    /// The proximity domain each device names.
+    pub(crate) domains: Vec<Option<u16>>,
 }
 
 /// Loads the image where it is linked.
@@ -71,16 +73,16 @@ pub(crate) fn load_image(memory: &BootMemory, image: &[u8]) -> Result<LoadedImag
 #[repr(transparent)]
 struct RawBootInfo(BootInfo);
 
-const _: () = assert!(size_of::<BootInfo>() == 14 * size_of::<u64>());
+const _: () = assert!(size_of::<BootInfo>() == 28 * size_of::<u64>());
 
-// SAFETY: fourteen numbers of 64 bits, any value of each valid, no padding (asserted above).
+// SAFETY: numbers of 64 bits, any value of each valid, no padding (asserted above).
 unsafe impl ByteValued for RawBootInfo {}
 
 /// Writes the boot information.
 pub(crate) fn write_boot_info(
     memory: &BootMemory,
     layout: &Layout,
-    parameters: GuestParameters,
+    parameters: &GuestParameters,
 ) -> Result<BootInfo, BootError> {
     let Policy {
         strategy,
@@ -97,21 +99,30 @@ pub(crate) fn write_boot_info(
         true => driver::MIXED_ZONES,
         false => 0,
     };
+    let mut devices = [DeviceInfo::NONE; MAX_DEVICES];
+    let known = layout.views.iter().zip(&parameters.domains);
+    for (index, ((view, domain), device)) in (0..).zip(known.zip(&mut devices)) {
+        *device = DeviceInfo {
+            virtio_mmio: VIRTIO_MMIO + index * PAGE,
+            view: view.start,
+            view_words: (view.end - view.start) / 8,
+            domain: domain.map_or(DeviceInfo::NO_DOMAIN, u64::from),
+        };
+    }
     let info = BootInfo {
         magic: BOOT_MAGIC,
         boot_memory_size: layout.boot_memory_size,
         heap_start: layout.heap.start,
         heap_size: layout.heap.end - layout.heap.start,
         mailbox: layout.mailbox,
-        view: layout.view.start,
-        view_words: (layout.view.end - layout.view.start) / 8,
-        virtio_mmio: VIRTIO_MMIO,
         port: PORT,
         vcpu_count: layout.vcpu_count as u64,
         seed: parameters.seed,
         worker_pages: parameters.worker_pages,
         driver: linux | big_block | mixed_zones,
         bbm_block_size,
+        device_count: layout.views.len() as u64,
+        devices,
     };
     memory.write_obj(RawBootInfo(info), GuestAddress(layout.boot_info))?;
     Ok(info)
@@ -299,17 +310,17 @@ mod tests {
     #[test]
     fn tables_map_what_the_guest_may_use_and_nothing_else() {
         let geometry = Geometry::new(REGION_START + (1 << 30), 600 << 30, 2 << 20).unwrap();
-        let layout = Layout::new(64 << 20, IMAGE_START + 1, &geometry, 1).unwrap();
+        let layout = Layout::new(64 << 20, IMAGE_START + 1, &[geometry], 1).unwrap();
         let memory = boot_memory(layout.boot_memory_size);
         build_page_tables(&memory, &layout).unwrap();
 
-        let end = layout.region.end;
+        let end = layout.regions[0].end;
         let mapped = [
             IMAGE_START,
             layout.heap.end - 1,
             VIRTIO_MMIO,
             PORT,
-            layout.region.start,
+            layout.regions[0].start,
             end - 1,
         ];
         for address in mapped {

@@ -7,7 +7,7 @@
 //! page_tables.start        page tables, not mapped: the guest cannot change them
 //! boot_memory_size         end of boot memory
 //! VIRTIO_MMIO, PORT        registers, no memory behind them
-//! REGION_START             the device-managed region
+//! REGION_START             the device-managed regions
 //! ```
 //!
 //! Guest-virtual addresses are the same numbers.
@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 use virtio_mem_wire::Geometry;
-use vmem_guest::abi::{MAX_VCPUS, Mailbox};
+use vmem_guest::abi::{MAX_DEVICES, MAX_VCPUS, Mailbox};
 
 /// Bytes in a page.
 pub const PAGE: u64 = 0x1000;
@@ -24,11 +24,11 @@ pub const PAGE: u64 = 0x1000;
 pub const LARGE_PAGE: u64 = 2 << 20;
 /// Where the guest image is linked to (`resources/guest-image/harness.ld`).
 pub const IMAGE_START: u64 = LARGE_PAGE;
-/// The virtio-mmio registers of the device, one page.
+/// The virtio-mmio registers of the devices, a page each.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 /// The port registers, one page.
-pub const PORT: u64 = VIRTIO_MMIO + PAGE;
-/// The usual start of the device-managed region.
+pub const PORT: u64 = VIRTIO_MMIO + MAX_DEVICES as u64 * PAGE;
+/// The usual start of the device-managed region, or of the first.
 pub const REGION_START: u64 = 4 << 30;
 
 /// Bytes of stack for each vCPU.
@@ -50,16 +50,16 @@ pub struct Layout {
     pub boot_info: u64,
     /// Address of the mailbox.
     pub mailbox: u64,
-    /// The words of the guest's view of the blocks.
-    pub view: Range<u64>,
+    /// The words of the guest's view of the blocks of each device.
+    pub views: Vec<Range<u64>>,
     /// The stacks, one after the other.
     pub stacks: Range<u64>,
     /// The guest's heap.
     pub heap: Range<u64>,
     /// The page tables.
     pub page_tables: Range<u64>,
-    /// The device-managed region, widened to large pages.
-    pub region: Range<u64>,
+    /// The device-managed regions, widened to large pages.
+    pub regions: Vec<Range<u64>>,
     /// Number of vCPUs.
     pub vcpu_count: usize,
 }
@@ -84,13 +84,19 @@ pub enum LayoutError {
     /// From 1 to [`MAX_VCPUS`].
     #[error("{0} vCPUs, must be 1 to {MAX_VCPUS}")]
     VcpuCount(usize),
+    /// From 1 to [`MAX_DEVICES`].
+    #[error("{0} memory devices, must be 1 to {MAX_DEVICES}")]
+    DeviceCount(usize),
     /// The region lies between the registers and the end of the address space.
     #[error("the device region at {0:#x} is not between 4 GiB and 128 TiB")]
     RegionPlace(u64),
+    /// It shares large pages with the one before.
+    #[error("the device region at {0:#x} begins before the end of another")]
+    RegionOverlap(u64),
 }
 
 impl Layout {
-    /// Lays out a guest whose image ends at `image_end`.
+    /// Lays out a guest whose image ends at `image_end`, and whose regions come in the order of their addresses.
     ///
     /// # Errors
     ///
@@ -98,7 +104,7 @@ impl Layout {
     pub fn new(
         boot_memory_size: u64,
         image_end: u64,
-        geometry: &Geometry,
+        geometries: &[Geometry],
         vcpu_count: usize,
     ) -> Result<Self, LayoutError> {
         if !(1..=MAX_VCPUS).contains(&vcpu_count) {
@@ -110,22 +116,37 @@ impl Layout {
         if boot_memory_size > VIRTIO_MMIO {
             return Err(LayoutError::BootMemoryTooLarge(boot_memory_size));
         }
-        // Neither overflows: a geometry's region does not wrap, and an end above the limit is refused.
-        let region_end = geometry.addr() + geometry.region_size();
-        if geometry.addr() < REGION_START || region_end > ADDRESS_END {
-            return Err(LayoutError::RegionPlace(geometry.addr()));
+        if !(1..=MAX_DEVICES).contains(&geometries.len()) {
+            return Err(LayoutError::DeviceCount(geometries.len()));
         }
-        let region =
-            geometry.addr() / LARGE_PAGE * LARGE_PAGE..region_end.next_multiple_of(LARGE_PAGE);
+        let mut regions: Vec<Range<u64>> = Vec::new();
+        for geometry in geometries {
+            let start = geometry.addr();
+            // Neither overflows: a geometry's region does not wrap, and an end above the limit is refused.
+            let end = start + geometry.region_size();
+            if start < REGION_START || end > ADDRESS_END {
+                return Err(LayoutError::RegionPlace(start));
+            }
+            let region = start / LARGE_PAGE * LARGE_PAGE..end.next_multiple_of(LARGE_PAGE);
+            if regions.last().is_some_and(|last| region.start < last.end) {
+                return Err(LayoutError::RegionOverlap(start));
+            }
+            regions.push(region);
+        }
 
         // Every number below is bounded by the checks above, so far below 2^64.
         let boot_info = image_end.next_multiple_of(PAGE);
         let mailbox = boot_info + PAGE;
-        let view = mailbox + Mailbox::PAGES_LEN;
-        let view_len = geometry.block_count().div_ceil(64) * 8;
-        let stacks = (view + view_len).next_multiple_of(PAGE);
+        let mut views_end = mailbox + Mailbox::PAGES_LEN;
+        let views = geometries.iter().map(|geometry| {
+            let start = views_end;
+            views_end += geometry.block_count().div_ceil(64) * 8;
+            start..views_end
+        });
+        let views = views.collect();
+        let stacks = views_end.next_multiple_of(PAGE);
         let heap = stacks + STACK_LEN * vcpu_count as u64;
-        let tables_len = table_count(&region) * PAGE;
+        let tables_len = table_count(&regions) * PAGE;
         let tables_span = tables_len.next_multiple_of(LARGE_PAGE);
         let needed = (heap + HEAP_MIN).next_multiple_of(LARGE_PAGE) + tables_span;
         if boot_memory_size < needed {
@@ -139,11 +160,11 @@ impl Layout {
             boot_memory_size,
             boot_info,
             mailbox,
-            view: view..view + view_len,
+            views,
             stacks: stacks..heap,
             heap: heap..page_tables,
             page_tables: page_tables..page_tables + tables_len,
-            region,
+            regions,
             vcpu_count,
         })
     }
@@ -155,21 +176,23 @@ impl Layout {
     }
 
     /// What the guest's page tables map, in large pages.
-    #[must_use]
-    pub fn mapped(&self) -> [Range<u64>; 3] {
-        [
+    pub fn mapped(&self) -> impl Iterator<Item = Range<u64>> {
+        let low = [
             IMAGE_START..self.page_tables.start,
             VIRTIO_MMIO..VIRTIO_MMIO + LARGE_PAGE,
-            self.region.clone(),
-        ]
+        ];
+        low.into_iter().chain(self.regions.iter().cloned())
     }
 }
 
-/// Page-table pages that map everything below 4 GiB and `region` in large pages.
-fn table_count(region: &Range<u64>) -> u64 {
-    let touched = |span| region.end.div_ceil(span) - region.start / span;
+/// Page-table pages that map everything below 4 GiB and `regions` in large pages.
+fn table_count(regions: &[Range<u64>]) -> u64 {
+    let touched = |span| -> u64 {
+        let touched = |region: &Range<u64>| region.end.div_ceil(span) - region.start / span;
+        regions.iter().map(touched).sum()
+    };
     let low = REGION_START / LEVEL_2_SPAN;
-    // The root, the level 3 below it, and level 2; at worst low memory and region share no level 3.
+    // The root, the level 3 below it, and level 2; at worst low memory and regions share no tables.
     1 + (1 + touched(LEVEL_3_SPAN)) + (low + touched(LEVEL_2_SPAN))
 }
 
@@ -185,12 +208,12 @@ mod tests {
 
     #[test]
     fn parts_follow_each_other_and_fill_boot_memory() {
-        let layout = Layout::new(256 * MIB, IMAGE_START + 12345, &four_gib(), 2).unwrap();
+        let layout = Layout::new(256 * MIB, IMAGE_START + 12345, &[four_gib()], 2).unwrap();
         let ends = [
             IMAGE_START + 12345..layout.boot_info,
             layout.boot_info + PAGE..layout.mailbox,
-            layout.mailbox + Mailbox::PAGES_LEN..layout.view.start,
-            layout.view.end..layout.stacks.start,
+            layout.mailbox + Mailbox::PAGES_LEN..layout.views[0].start,
+            layout.views[0].end..layout.stacks.start,
             layout.stacks.end..layout.heap.start,
             layout.heap.end..layout.page_tables.start,
             layout.page_tables.end..layout.boot_memory_size,
@@ -201,25 +224,27 @@ mod tests {
                 "{gap:x?}"
             );
         }
-        assert_eq!(layout.view.end - layout.view.start, 2048 / 8);
+        assert_eq!(layout.views[0].end - layout.views[0].start, 2048 / 8);
         assert_eq!(layout.stack_top(1), layout.heap.start);
     }
 
     #[test]
     fn boot_memory_too_small_says_how_much_is_needed() {
         let Err(LayoutError::BootMemoryTooSmall { needed, .. }) =
-            Layout::new(2 * MIB, IMAGE_START, &four_gib(), 2)
+            Layout::new(2 * MIB, IMAGE_START, &[four_gib()], 2)
         else {
             panic!("accepted");
         };
-        assert!(Layout::new(needed, IMAGE_START, &four_gib(), 2).is_ok());
-        assert!(Layout::new(needed - LARGE_PAGE, IMAGE_START, &four_gib(), 2).is_err());
+        assert!(Layout::new(needed, IMAGE_START, &[four_gib()], 2).is_ok());
+        assert!(Layout::new(needed - LARGE_PAGE, IMAGE_START, &[four_gib()], 2).is_err());
     }
 
     #[test]
     fn wrong_sizes_and_places_are_refused() {
-        let layout = |boot, geometry, vcpus| Layout::new(boot, IMAGE_START, geometry, vcpus);
-        let region = four_gib();
+        let layout = |boot, geometries: &[Geometry], vcpus| {
+            Layout::new(boot, IMAGE_START, geometries, vcpus)
+        };
+        let region = [four_gib()];
         assert_eq!(
             layout(257 * MIB, &region, 1),
             Err(LayoutError::BootMemoryMisaligned(257 * MIB))
@@ -238,13 +263,34 @@ mod tests {
         );
         let low = Geometry::new(2 << 30, 1 << 30, 2 * MIB).unwrap();
         assert_eq!(
-            layout(256 * MIB, &low, 1),
+            layout(256 * MIB, &[low], 1),
             Err(LayoutError::RegionPlace(2 << 30))
         );
         let high = Geometry::new(1 << 47, 1 << 30, 2 * MIB).unwrap();
         assert_eq!(
-            layout(256 * MIB, &high, 1),
+            layout(256 * MIB, &[high], 1),
             Err(LayoutError::RegionPlace(1 << 47))
         );
+    }
+    #[test]
+    fn several_regions_have_a_view_each_and_do_not_share_a_large_page() {
+        let geometry = |start, size| Geometry::new(start, size, MIB).unwrap();
+        let next = REGION_START + (4 << 30);
+        let layout = |regions: &[Geometry]| Layout::new(256 * MIB, IMAGE_START, regions, 1);
+        let two = layout(&[four_gib(), geometry(next, 64 * MIB)]).unwrap();
+        assert_eq!(two.views[0].end, two.views[1].start);
+        assert_eq!(two.views[1].end - two.views[1].start, 8);
+        assert_eq!(two.mapped().last(), Some(next..next + 64 * MIB));
+        let odd = geometry(next, MIB);
+        assert_eq!(
+            layout(&[four_gib(), odd, geometry(next + MIB, MIB)]),
+            Err(LayoutError::RegionOverlap(next + MIB))
+        );
+        for count in [0, MAX_DEVICES + 1] {
+            let regions: Vec<_> = (1..=count as u64)
+                .map(|index| geometry(index * REGION_START, MIB))
+                .collect();
+            assert_eq!(layout(&regions), Err(LayoutError::DeviceCount(count)));
+        }
     }
 }

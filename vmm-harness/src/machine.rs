@@ -1,4 +1,4 @@
-//! A guest with a memory device, on KVM or in this process: what `vmem` and its tests work with.
+//! A guest with memory devices, on KVM or in this process: what `vmem` and its tests work with.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -140,18 +140,18 @@ impl ReportError {
     }
 }
 
-/// A running guest and its memory device.
+/// A running guest and its memory devices, up to [`MAX_DEVICES`](vmem_guest::abi::MAX_DEVICES). What is said of "the
+/// device" is about the first.
 ///
 /// [`stop`](Self::stop) ends it and says how it went; dropping it ends it too. Either way every thread is
 /// joined.
 #[derive(Debug)]
 pub struct Machine {
-    // Dropped in this order: the vCPUs, the loop that serves their device, the device.
+    // Dropped in this order: the vCPUs, the loop that serves their devices, the devices.
     guest: RunningGuest,
     events: EventLoop,
-    transport: Arc<MmioTransport>,
+    bus: Arc<Bus>,
     backend: Backend,
-    port: Arc<Port>,
     mailbox: SharedMailbox,
     lifecycle: Arc<Lifecycle>,
     reports: AtomicU64,
@@ -160,7 +160,7 @@ pub struct Machine {
 
 #[derive(Debug)]
 enum RunningGuest {
-    Kvm(RunningVm, RevocableSlots),
+    Kvm(RunningVm, Vec<RevocableSlots>),
     InProcess(InProcess),
 }
 
@@ -171,6 +171,15 @@ impl Machine {
     ///
     /// [`StartError`]; nothing is left running then.
     pub fn start(config: &MachineConfig, device: Builder) -> Result<Self, StartError> {
+        Self::start_with(config, vec![device])
+    }
+
+    /// As [`start`](Self::start), with several devices, in the order of their addresses.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`]; nothing is left running then.
+    pub fn start_with(config: &MachineConfig, devices: Vec<Builder>) -> Result<Self, StartError> {
         let (backend, kvm) = match config.guest {
             GuestKind::InProcess => (Backend::InProcess { reason: None }, None),
             kind => match open_kvm() {
@@ -192,26 +201,43 @@ impl Machine {
             Some(kvm) => {
                 let loaded = boot::load_image(&memory, config.image)?;
                 let vm = Vm::new(kvm, Arc::clone(&memory))?;
-                let slots =
-                    RevocableSlots::new(KvmSlots::new(Arc::clone(vm.fd()), FIRST_FREE_SLOT));
-                let device = device.slots(config.faults.slots(slots.clone())).build()?;
-                let parts = Parts::new(config, memory, device, loaded.end)?;
+                let mut slots = Vec::new();
+                let mut built = Vec::new();
+                let mut first_slot = FIRST_FREE_SLOT;
+                for device in devices {
+                    let kvm = KvmSlots::new(Arc::clone(vm.fd()), first_slot);
+                    let revocable = RevocableSlots::new(kvm);
+                    let faulty = config.faults.slots(revocable.clone());
+                    let device = device.slots(faulty).build()?;
+                    // No more than KVM has, or it would not have been built.
+                    let count = u32::try_from(device.max_slot_count()).unwrap_or(u32::MAX);
+                    first_slot = first_slot.saturating_add(count);
+                    slots.push(revocable);
+                    built.push(device);
+                }
+                let parts = Parts::new(config, memory, built, loaded.end)?;
                 boot::build_page_tables(&parts.memory, &parts.layout)?;
-                boot::write_boot_info(&parts.memory, &parts.layout, parts.parameters)?;
+                boot::write_boot_info(&parts.memory, &parts.layout, &parts.parameters)?;
                 let revoked = slots.clone();
                 let vm_parts = VmParts {
                     bus: Arc::clone(&parts.bus),
                     lifecycle: Arc::clone(&parts.lifecycle),
                     mailbox: parts.mailbox.clone(),
-                    revoke_slots: Arc::new(move || revoked.revoke()),
+                    revoke_slots: Arc::new(move || {
+                        revoked.iter().try_for_each(RevocableSlots::revoke)
+                    }),
                 };
                 let running = vm.start(&vm_parts, &parts.layout, loaded.entry)?;
                 Ok(parts.into_machine(backend, RunningGuest::Kvm(running, slots)))
             }
             None => {
-                let device = device.slots(config.faults.slots(NoSlots)).build()?;
-                let parts = Parts::new(config, memory, device, IMAGE_START)?;
-                let info = boot::write_boot_info(&parts.memory, &parts.layout, parts.parameters)?;
+                let slots = || config.faults.slots(NoSlots);
+                let built = devices
+                    .into_iter()
+                    .map(|device| device.slots(slots()).build());
+                let built = built.collect::<Result<_, _>>()?;
+                let parts = Parts::new(config, memory, built, IMAGE_START)?;
+                let info = boot::write_boot_info(&parts.memory, &parts.layout, &parts.parameters)?;
                 let guest = in_process::Parts {
                     info,
                     mailbox: parts.mailbox.clone(),
@@ -233,7 +259,20 @@ impl Machine {
     /// The memory device.
     #[must_use]
     pub fn device(&self) -> &VirtioMem {
-        self.transport.device()
+        self.first().device()
+    }
+
+    /// The memory devices, in the order of their addresses.
+    pub fn devices(&self) -> impl Iterator<Item = &VirtioMem> {
+        self.bus
+            .transports
+            .iter()
+            .map(|transport| transport.device())
+    }
+
+    fn first(&self) -> &MmioTransport {
+        // A layout has at least one.
+        &self.bus.transports[0]
     }
 
     /// The operator's end of the memory device.
@@ -246,8 +285,21 @@ impl Machine {
     /// have done since. While it writes one the parts may be from two.
     #[must_use]
     pub fn progress(&self) -> Report {
-        let block_count = self.device().geometry().block_count();
-        self.mailbox.report(self.vcpu_count, block_count)
+        self.progress_of(0, self.device())
+    }
+
+    /// As [`progress`](Self::progress), of each device.
+    #[must_use]
+    pub fn progresses(&self) -> Vec<Report> {
+        let devices = self.devices().enumerate();
+        devices
+            .map(|(index, device)| self.progress_of(index, device))
+            .collect()
+    }
+
+    fn progress_of(&self, index: usize, device: &VirtioMem) -> Report {
+        let block_count = device.geometry().block_count();
+        self.mailbox.report(index, self.vcpu_count, block_count)
     }
 
     /// Asks the guest for a report and waits for it. Everything in it but the workers' counters, which go on, is
@@ -258,7 +310,19 @@ impl Machine {
     /// [`ReportError`] if the guest has ended or does not answer in time.
     pub fn report(&self, timeout: Duration) -> Result<Report, ReportError> {
         self.report_until(deadline(timeout))
-            .map_err(|reason| ReportError::new(reason, timeout))
+            .map_err(|reason| ReportError::new(reason, timeout))?;
+        Ok(self.progress())
+    }
+
+    /// As [`report`](Self::report), of each device.
+    ///
+    /// # Errors
+    ///
+    /// [`ReportError`] if the guest has ended or does not answer in time.
+    pub fn reports(&self, timeout: Duration) -> Result<Vec<Report>, ReportError> {
+        self.report_until(deadline(timeout))
+            .map_err(|reason| ReportError::new(reason, timeout))?;
+        Ok(self.progresses())
     }
 
     /// Waits until the driver has settled on a target of `requested_size` bytes, and reports then.
@@ -272,9 +336,9 @@ impl Machine {
     pub fn settled(&self, requested_size: u64, timeout: Duration) -> Result<Report, ReportError> {
         let deadline = deadline(timeout);
         loop {
-            let report = self
-                .report_until(deadline)
+            self.report_until(deadline)
                 .map_err(|reason| ReportError::new(reason, timeout))?;
+            let report = self.progress();
             match report.driver_state {
                 Some(DriverState::Failed) => {
                     return Err(ReportError::DriverFailed(
@@ -289,23 +353,22 @@ impl Machine {
         }
     }
 
-    fn report_until(&self, deadline: Instant) -> Result<Report, NotDone> {
+    fn report_until(&self, deadline: Instant) -> Result<(), NotDone> {
         // Counted here: what the guest makes of the number in the mailbox is its own business.
         let request = self.reports.fetch_add(1, Ordering::Relaxed) + 1;
         // The larger of two that ask at the same time; one answer is for both.
         self.mailbox
             .report_request
             .fetch_max(request, Ordering::AcqRel);
-        self.port.wake();
+        self.bus.port.wake();
         let done = || self.mailbox.report_done.load(Ordering::Acquire) >= request;
-        self.lifecycle.wait_for(deadline, done)?;
-        Ok(self.progress())
+        self.lifecycle.wait_for(deadline, done)
     }
 
     /// Interrupts raised so far.
     #[must_use]
     pub fn interrupts(&self) -> InterruptCounts {
-        self.transport.interrupt().counts()
+        self.first().interrupt().counts()
     }
 
     /// Exits to the VMM so far; `None` without KVM.
@@ -317,11 +380,11 @@ impl Machine {
         }
     }
 
-    /// KVM memory slots the device has now; `None` without KVM.
+    /// KVM memory slots all devices have now; `None` without KVM.
     #[must_use]
     pub fn slots(&self) -> Option<u64> {
         match &self.guest {
-            RunningGuest::Kvm(_, slots) => Some(slots.count()),
+            RunningGuest::Kvm(_, slots) => Some(slots.iter().map(RevocableSlots::count).sum()),
             RunningGuest::InProcess(_) => None,
         }
     }
@@ -396,7 +459,7 @@ impl Machine {
 
     fn command(&self, bit: u32) {
         self.mailbox.command.fetch_or(bit, Ordering::AcqRel);
-        self.port.wake();
+        self.bus.port.wake();
     }
 }
 
@@ -431,27 +494,33 @@ impl Parts {
     fn new(
         config: &MachineConfig,
         memory: Arc<BootMemory>,
-        device: VirtioMem,
+        devices: Vec<VirtioMem>,
         image_end: u64,
     ) -> Result<Self, StartError> {
-        let geometry = device.geometry();
-        let layout = Layout::new(config.boot_memory, image_end, &geometry, config.vcpu_count)?;
+        let geometries: Vec<_> = devices.iter().map(VirtioMem::geometry).collect();
+        let layout = Layout::new(
+            config.boot_memory,
+            image_end,
+            &geometries,
+            config.vcpu_count,
+        )?;
+        let domains = devices.iter().map(VirtioMem::node_id).collect();
         let mailbox = SharedMailbox::new(&memory, &layout)?;
         let workload = config.workload as u32;
         mailbox.workload.store(workload, Ordering::Relaxed);
         let port = Arc::new(Port::new(mailbox.clone()));
-        let interrupt = InterruptLine::new({
-            let port = Arc::clone(&port);
-            move || port.interrupt()
-        });
         let events = EventLoop::start()?;
-        let remote = events.remote().clone();
-        let transport = MmioTransport::new(device, Arc::clone(&memory), remote, interrupt)
-            .map_err(StartError::Notify)?;
+        let transport = |device| {
+            let port = Arc::clone(&port);
+            let interrupt = InterruptLine::new(move || port.interrupt());
+            let remote = events.remote().clone();
+            let transport = MmioTransport::new(device, Arc::clone(&memory), remote, interrupt);
+            Ok(Arc::new(transport.map_err(StartError::Notify)?))
+        };
+        let transports: Result<_, StartError> = devices.into_iter().map(transport).collect();
         let bus = Bus {
-            transport: Arc::new(transport),
+            transports: transports?,
             port,
-            region: geometry.addr()..geometry.addr() + geometry.region_size(),
         };
         Ok(Self {
             memory,
@@ -461,6 +530,7 @@ impl Parts {
                 worker_pages: config.worker_pages,
                 policy: config.policy,
                 mixed_zones: config.workload != Workload::Alloc,
+                domains,
             },
             mailbox,
             bus: Arc::new(bus),
@@ -473,9 +543,8 @@ impl Parts {
         Machine {
             guest,
             events: self.events,
-            transport: Arc::clone(&self.bus.transport),
+            bus: self.bus,
             backend,
-            port: Arc::clone(&self.bus.port),
             mailbox: self.mailbox,
             lifecycle: self.lifecycle,
             reports: AtomicU64::new(0),
@@ -539,9 +608,9 @@ mod tests {
             };
             slots.map(&slot).unwrap();
         }
-        let parts = Parts::new(&config, memory, device, loaded.end).unwrap();
+        let parts = Parts::new(&config, memory, vec![device], loaded.end).unwrap();
         boot::build_page_tables(&parts.memory, &parts.layout).unwrap();
-        boot::write_boot_info(&parts.memory, &parts.layout, parts.parameters).unwrap();
+        boot::write_boot_info(&parts.memory, &parts.layout, &parts.parameters).unwrap();
         let vm_parts = VmParts {
             bus: Arc::clone(&parts.bus),
             lifecycle: Arc::clone(&parts.lifecycle),
@@ -553,7 +622,7 @@ mod tests {
         };
         let running = vm.start(&vm_parts, &parts.layout, loaded.entry).unwrap();
         let backend = Backend::Kvm { module: None };
-        Some(parts.into_machine(backend, RunningGuest::Kvm(running, slots)))
+        Some(parts.into_machine(backend, RunningGuest::Kvm(running, vec![slots])))
     }
 
     #[test]

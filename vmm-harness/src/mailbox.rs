@@ -6,7 +6,7 @@
     reason = "the mailbox lies in memory the guest writes at the same time"
 )]
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_mem_driver::driver::{Mode, Strategy};
 use virtio_mem_wire::{BlockMap, BlockRange};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory};
-use vmem_guest::abi::{DriverState, Mailbox, Shortfall, driver};
+use vmem_guest::abi::{self, DriverState, Mailbox, Shortfall};
 
 use crate::BootMemory;
 use crate::layout::Layout;
@@ -23,36 +23,40 @@ use crate::layout::Layout;
 #[derive(Clone, Debug)]
 pub(crate) struct SharedMailbox {
     mailbox: NonNull<Mailbox>,
-    view: NonNull<[AtomicU64]>,
+    views: Vec<NonNull<[AtomicU64]>>,
     _memory: Arc<BootMemory>,
 }
 
-// SAFETY: both pointers are to atomics in memory that lives as long as this; sharing them between threads is
+// SAFETY: all pointers are to atomics in memory that lives as long as this; sharing them between threads is
 // what atomics are for.
 unsafe impl Send for SharedMailbox {}
 // SAFETY: as above.
 unsafe impl Sync for SharedMailbox {}
 
 impl SharedMailbox {
-    /// The mailbox and the view where `layout` puts them in `memory`.
+    /// The mailbox and the views where `layout` puts them in `memory`.
     pub(crate) fn new(memory: &Arc<BootMemory>, layout: &Layout) -> Result<Self, GuestMemoryError> {
         let mailbox = host_pointer(memory, layout.mailbox, Mailbox::PAGES_LEN)?;
-        let view_len = layout.view.end - layout.view.start;
-        let view = host_pointer(memory, layout.view.start, view_len)?;
-        let words =
-            usize::try_from(view_len / 8).map_err(|_| GuestMemoryError::GuestAddressOverflow)?;
+        let view = |view: &Range<u64>| {
+            let len = view.end - view.start;
+            let start = host_pointer(memory, view.start, len)?;
+            let words =
+                usize::try_from(len / 8).map_err(|_| GuestMemoryError::GuestAddressOverflow)?;
+            Ok(NonNull::slice_from_raw_parts(start.cast(), words))
+        };
+        let views: Result<_, GuestMemoryError> = layout.views.iter().map(view).collect();
         Ok(Self {
             mailbox: mailbox.cast(),
-            view: NonNull::slice_from_raw_parts(view.cast(), words),
+            views: views?,
             _memory: Arc::clone(memory),
         })
     }
 
-    /// The words of the guest's view.
-    pub(crate) fn view(&self) -> &[AtomicU64] {
+    /// The words of the guest's view of device `index`.
+    pub(crate) fn view(&self, index: usize) -> &[AtomicU64] {
         // SAFETY: as many words of boot memory as the layout sets aside for this, aligned to a page; all
         // accesses to them, the guest's too, are atomic ones or the guest's own risk.
-        unsafe { self.view.as_ref() }
+        unsafe { self.views[index].as_ref() }
     }
 }
 
@@ -79,7 +83,7 @@ fn host_pointer(
         .ok_or(GuestMemoryError::HostAddressNotAvailable)
 }
 
-/// What the guest says about itself, at one moment.
+/// What the guest says about itself and one of its memory devices, at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// What the driver makes of the target; `None` if the guest wrote a state that does not exist.
@@ -88,7 +92,9 @@ pub struct Report {
     pub requested_size: u64,
     /// Bytes the driver believes plugged.
     pub plugged_size: u64,
-    /// Bytes of hotplugged memory the guest's page allocator works with.
+    /// The node the device's memory is on.
+    pub node: u64,
+    /// Bytes of hotplugged memory of that node that the guest's page allocator works with.
     pub online_size: u64,
     /// Pages moved out of memory that was being unplugged.
     pub pages_moved: u64,
@@ -132,29 +138,31 @@ pub struct WorkerReport {
 }
 
 impl SharedMailbox {
-    /// Copies everything, for a guest with `vcpu_count` vCPUs and a region of `block_count` blocks.
-    pub(crate) fn report(&self, vcpu_count: usize, block_count: u64) -> Report {
+    /// Copies everything about device `index`, for a guest with `vcpu_count` vCPUs and a region of `block_count` blocks.
+    pub(crate) fn report(&self, index: usize, vcpu_count: usize, block_count: u64) -> Report {
+        let driver = &self.drivers[index];
         let load = |field: &AtomicU64| field.load(Ordering::Relaxed);
         Report {
-            driver_state: DriverState::from_value(self.driver_state.load(Ordering::Relaxed)),
-            requested_size: load(&self.requested_size),
-            plugged_size: load(&self.plugged_size),
-            online_size: load(&self.online_size),
+            driver_state: DriverState::from_value(driver.state.load(Ordering::Relaxed)),
+            requested_size: load(&driver.requested_size),
+            plugged_size: load(&driver.plugged_size),
+            node: load(&driver.node),
+            online_size: load(&driver.online_size),
             pages_moved: load(&self.pages_moved),
             interrupts: load(&self.interrupts),
-            requests: load(&self.requests),
-            strategy: match load(&self.driver) & driver::LINUX {
+            requests: load(&driver.requests),
+            strategy: match load(&driver.driver) & abi::driver::LINUX {
                 0 => Strategy::Direct,
                 _ => Strategy::Linux,
             },
-            mode: match load(&self.driver) & driver::BIG_BLOCK {
+            mode: match load(&driver.driver) & abi::driver::BIG_BLOCK {
                 0 => Mode::SubBlock,
                 _ => Mode::BigBlock,
             },
-            granule_size: load(&self.granule_size),
-            unreachable: load(&self.unreachable),
+            granule_size: load(&driver.granule_size),
+            unreachable: load(&driver.unreachable),
             unreachable_reason: Shortfall::from_value(
-                self.unreachable_reason.load(Ordering::Relaxed),
+                driver.unreachable_reason.load(Ordering::Relaxed),
             ),
             workers: self
                 .workers
@@ -169,7 +177,7 @@ impl SharedMailbox {
                     slices: load(&worker.slices),
                 })
                 .collect(),
-            view: block_map(self.view().iter().map(load), block_count),
+            view: block_map(self.view(index).iter().map(load), block_count),
             message: self.message(),
         }
     }
@@ -236,7 +244,7 @@ mod tests {
     #[test]
     fn what_a_hostile_guest_writes_is_cut_to_size() {
         let geometry = Geometry::new(REGION_START, 100 << 21, 2 << 20).unwrap();
-        let layout = Layout::new(64 << 20, IMAGE_START, &geometry, 2).unwrap();
+        let layout = Layout::new(64 << 20, IMAGE_START, &[geometry], 2).unwrap();
         let memory = Arc::new(BootMemory::from_ranges(&[(GuestAddress(0), 64 << 20)]).unwrap());
         let mailbox = SharedMailbox::new(&memory, &layout).unwrap();
         assert_eq!(mailbox.message(), None);
@@ -245,9 +253,9 @@ mod tests {
         for (cell, byte) in mailbox.message.iter().zip(*b"\xff\x1b[2J") {
             cell.store(byte, Ordering::Relaxed);
         }
-        mailbox.driver_state.store(77, Ordering::Relaxed);
-        mailbox.view()[1].store(u64::MAX, Ordering::Relaxed);
-        let report = mailbox.report(2, 100);
+        mailbox.drivers[0].state.store(77, Ordering::Relaxed);
+        mailbox.view(0)[1].store(u64::MAX, Ordering::Relaxed);
+        let report = mailbox.report(0, 2, 100);
         assert_eq!(report.driver_state, None);
         assert_eq!(report.view.count(), 36);
         assert_eq!(report.workers.len(), 2);

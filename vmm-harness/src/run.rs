@@ -8,16 +8,16 @@ use std::sync::mpsc::channel;
 use thiserror::Error;
 
 use crate::api::{ApiServer, Limits};
-use crate::control::{Instance, InstanceError};
-use crate::demo::{DemoError, DemoOptions};
+use crate::control::{GuestOptions, Instance, InstanceError};
+use crate::demo::DemoError;
 use crate::socket::{ServerSocket, SocketError};
 use crate::{Outcome, signals};
 
 /// What to run, and where it is controlled.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
-    /// The guest; the first of its targets is the initial size.
-    pub guest: DemoOptions,
+    /// The guest and its memory devices.
+    pub guest: GuestOptions,
     /// The socket of the API.
     pub api_sock: PathBuf,
     /// Whether the guest is started at once, or through the API.
@@ -71,7 +71,7 @@ pub fn run(options: &RunOptions, output: &mut dyn Write) -> Result<(), RunError>
     let instance = Arc::new(Instance::new(options.guest.clone())?.telling(ended));
     let socket = ServerSocket::bind(&options.api_sock)?;
     if options.start {
-        instance.start(None)?;
+        instance.start()?;
     }
     let server = ApiServer::start(socket, Arc::clone(&instance), Limits::default());
     let server = server.map_err(host("control API"))?;

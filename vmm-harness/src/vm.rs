@@ -18,7 +18,7 @@ use crate::boot::{general_registers, system_registers};
 use crate::bus::Bus;
 use crate::gate::Gate;
 use crate::kick;
-use crate::layout::{Layout, VIRTIO_MMIO};
+use crate::layout::{Layout, PAGE, VIRTIO_MMIO};
 use crate::lifecycle::Lifecycle;
 use crate::mailbox::SharedMailbox;
 use crate::outcome::{Outcome, VcpuError, panic_message};
@@ -127,10 +127,15 @@ impl Vm {
         entry: u64,
     ) -> Result<RunningVm, VmError> {
         kick::install_handler().map_err(kvm("install the signal handler"))?;
-        let notify = IoEventAddress::Mmio(VIRTIO_MMIO + NOTIFY_OFFSET);
-        self.fd
-            .register_ioevent(parts.bus.transport.notify(), &notify, 0u32)
-            .map_err(kvm("connect queue notifications"))?;
+        for (registers, transport) in (VIRTIO_MMIO..)
+            .step_by(PAGE as usize)
+            .zip(&parts.bus.transports)
+        {
+            let notify = IoEventAddress::Mmio(registers + NOTIFY_OFFSET);
+            self.fd
+                .register_ioevent(transport.notify(), &notify, 0u32)
+                .map_err(kvm("connect queue notifications"))?;
+        }
         let vcpus: Vec<VcpuFd> = (0..layout.vcpu_count)
             .map(|index| self.create_vcpu(index, layout, entry))
             .collect::<Result<_, _>>()?;

@@ -140,6 +140,21 @@ fn live_socket_names_its_holder_and_a_stale_one_is_replaced() {
 fn options_win_over_the_file_and_samples_are_files() {
     let (folder, socket) = folder();
     let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources");
+    let file = samples.join("two-nodes.toml");
+    let running = Running::start(&socket, &["--config", file.to_str().unwrap()]);
+    for (device, node) in [("mem0", 0), ("mem1", 1)] {
+        let path = socket.to_str().unwrap();
+        let (code, stdout, stderr) =
+            output(&["status", "--json", "--device", device, "--api-sock", path]);
+        assert_eq!(code, 0, "{stderr}");
+        let status: Value = serde_json::from_str(&stdout).unwrap();
+        assert_eq!(
+            (&status["id"], &status["node_id"]),
+            (&device.into(), &node.into())
+        );
+    }
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().0, Some(0));
     for name in ["run.toml", "run.json"] {
         let file = samples.join(name);
         let args = [
@@ -234,6 +249,48 @@ fn resize_freeze_snapshot_and_restore_have_their_exit_codes() {
     running.signal(Signal::TERM);
     let (code, said) = running.end();
     assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
+fn devices_are_named_on_the_command_line() {
+    let (_folder, socket) = folder();
+    let api = ["--device", "mem1", "--api-sock", socket.to_str().unwrap()];
+    let run = |args: &[&str]| output(&[args, &api].concat());
+    let fields = "id=mem1,region=1G,node=3,size=64M";
+    let running = Running::start(&socket, &["--node", "1", "--device", fields]);
+    let (code, stdout, stderr) = run(&["resize", "256M", "--wait"]);
+    let said = (0, "256 MiB of 256 MiB plugged\n");
+    assert_eq!((code, stdout.as_str()), said, "{stderr}");
+    let (_, stdout, _) = run(&["status"]);
+    for line in ["device     mem1\n", "256 MiB online on node 1"] {
+        assert!(stdout.contains(line), "{stdout}");
+    }
+    assert_eq!(run(&["freeze"]).0, 0);
+    assert_eq!(
+        status(socket.to_str().unwrap())["frozen"],
+        false,
+        "the first"
+    );
+    assert_eq!(run(&["thaw"]).0, 0);
+    let nobody = ["status", "--device", "no", "--api-sock", api[3]];
+    let (code, _, stderr) = output(&nobody);
+    assert_eq!(code, 1);
+    assert!(stderr.contains("no memory device \"no\""), "{stderr}");
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().0, Some(0));
+    for (fields, reason) in [
+        ("region=1G", "missing field `id`"),
+        ("id=mem1,sise=1G", "unknown field `sise`"),
+        ("id=mem1,node=x", "node"),
+        ("id=mem1,id=mem2", "id is given twice"),
+        ("mem1", "no NAME=VALUE"),
+        ("id=mem0", "name of a device"),
+        ("id=mem1,block-size=3M", "power of two"),
+    ] {
+        let (code, _, stderr) = output(&["run", "--api-sock", api[3], "--device", fields]);
+        assert_eq!(code, 2, "{fields}: {stderr}");
+        assert!(stderr.contains(reason), "{fields}: {stderr}");
+    }
 }
 
 #[test]

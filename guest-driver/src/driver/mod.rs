@@ -120,6 +120,7 @@ pub struct MemDriver<H: Hal, T: Transport> {
     attachment: Attachment,
     /// As last read.
     config: Config,
+    node: u32,
     /// The configuration must be read again.
     config_changed: bool,
     /// Set by UNPLUG ALL, the one request that may shrink the usable region (D-08, D-43).
@@ -275,6 +276,11 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
     /// [`plugged_size`](Self::plugged_size).
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The node the memory is added to: that of the proximity domain the device names, where the machine knows it.
+    pub fn node(&self) -> u32 {
+        self.node
     }
 
     /// The device blocks the driver believes plugged.

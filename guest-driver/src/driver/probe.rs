@@ -185,6 +185,7 @@ impl<H: Hal, T: Transport> MemDriver<H, T> {
             policy,
             layout,
             config,
+            node,
             seen: attachment.watch.seen(),
             attachment,
             // A target set after it was read above and before DRIVER_OK has raised no interrupt (V-10), so it is

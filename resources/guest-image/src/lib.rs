@@ -10,6 +10,8 @@
 //! There are no interrupts, no exceptions (a fault ends the machine) and no thread-local storage.
 #![no_std]
 
+extern crate alloc;
+
 pub mod forbidden;
 pub mod heap;
 pub mod identity;

@@ -1,12 +1,13 @@
 //! The guest program's place on a bare vCPU of the harness.
 #![expect(unsafe_code, reason = "physical addresses become pointers")]
 
+use alloc::vec::Vec;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::AtomicU64;
 
 use virtio_drivers::transport::mmio::{MmioError, MmioTransport, VirtIOHeader};
 use vmem_guest::Platform;
-use vmem_guest::abi::{BootInfo, Mailbox};
+use vmem_guest::abi::{BootInfo, DeviceInfo, Mailbox};
 
 use crate::identity::{HeapHal, IdentityMapped, address, pointer};
 use crate::{forbidden, registers, start};
@@ -27,16 +28,25 @@ impl BarePlatform {
         Self { boot }
     }
 
-    /// The registers of the memory device.
+    /// The registers of each memory device.
     ///
     /// # Errors
     ///
-    /// [`MmioError`] if there is no such device.
-    pub fn transport(&self) -> Result<MmioTransport<'static>, MmioError> {
-        let header = ptr::with_exposed_provenance_mut(address(self.boot.virtio_mmio));
-        let header = NonNull::<VirtIOHeader>::new(header).ok_or(MmioError::MmioRegionTooSmall)?;
-        // SAFETY: the host maps a page of registers there for the guest's lifetime; nothing else uses it.
-        unsafe { MmioTransport::new(header, REGISTERS_LEN) }
+    /// [`MmioError`] if one is not there.
+    pub fn transports(&self) -> Result<Vec<MmioTransport<'static>>, MmioError> {
+        let devices = self
+            .boot
+            .devices
+            .iter()
+            .take(address(self.boot.device_count));
+        let transport = |device: &DeviceInfo| {
+            let header = ptr::with_exposed_provenance_mut(address(device.virtio_mmio));
+            let header =
+                NonNull::<VirtIOHeader>::new(header).ok_or(MmioError::MmioRegionTooSmall)?;
+            // SAFETY: the host maps a page of registers there for the guest's lifetime; nothing else uses it.
+            unsafe { MmioTransport::new(header, REGISTERS_LEN) }
+        };
+        devices.map(transport).collect()
     }
 }
 
@@ -53,9 +63,10 @@ impl Platform for BarePlatform {
         start::mailbox(self.boot)
     }
 
-    fn view(&self) -> &[AtomicU64] {
-        let words = pointer(self.boot.view).cast::<AtomicU64>();
-        let words = NonNull::slice_from_raw_parts(words, address(self.boot.view_words));
+    fn view(&self, index: usize) -> &[AtomicU64] {
+        let device = &self.boot.devices[index];
+        let words = pointer(device.view).cast::<AtomicU64>();
+        let words = NonNull::slice_from_raw_parts(words, address(device.view_words));
         // SAFETY: the host has set as many zeroed, aligned words aside there for the guest's lifetime.
         unsafe { words.as_ref() }
     }

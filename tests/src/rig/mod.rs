@@ -377,7 +377,7 @@ fn start(
     };
     let memory = GuestMemory {
         boot: Arc::clone(boot),
-        region: HostMemory::new(bus.device(), Arc::clone(shadow), profile.page_size()),
+        region: HostMemory::new(profile.page_size()).with(bus.device(), Arc::clone(shadow)),
     };
     Hotplug::boot(config, &ranges, memory).expect("a guest that starts")
 }

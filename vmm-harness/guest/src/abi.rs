@@ -25,13 +25,6 @@ pub struct BootInfo {
     pub heap_size: u64,
     /// Address of the [`Mailbox`].
     pub mailbox: u64,
-    /// Address of the map the guest publishes, one bit per device block in 64-bit words, see
-    /// [`Mailbox::report_request`].
-    pub view: u64,
-    /// Number of 64-bit words at `view`.
-    pub view_words: u64,
-    /// Address of the virtio-mmio registers.
-    pub virtio_mmio: u64,
     /// Address of the port registers ([`port`]).
     pub port: u64,
     /// Number of vCPUs that run the guest program.
@@ -44,9 +37,41 @@ pub struct BootInfo {
     pub driver: u64,
     /// Bytes of a big block, see [`Policy::bbm_block_size`](virtio_mem_driver::driver::Policy::bbm_block_size).
     pub bbm_block_size: u64,
+    /// Number of memory devices, 1 to [`MAX_DEVICES`].
+    pub device_count: u64,
+    /// The memory devices, as many as that.
+    pub devices: [DeviceInfo; MAX_DEVICES],
 }
 
-/// Bits of [`BootInfo::driver`], which asks, and of [`Mailbox::driver`], which says what has become of it.
+/// Where the guest finds a memory device.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct DeviceInfo {
+    /// Address of its virtio-mmio registers.
+    pub virtio_mmio: u64,
+    /// Address of the map the guest publishes, one bit per device block in 64-bit words, see
+    /// [`Mailbox::report_request`].
+    pub view: u64,
+    /// Number of 64-bit words at `view`.
+    pub view_words: u64,
+    /// Its proximity domain, which firmware would have in its tables, or [`NO_DOMAIN`](Self::NO_DOMAIN).
+    pub domain: u64,
+}
+
+impl DeviceInfo {
+    /// The device is in no proximity domain.
+    pub const NO_DOMAIN: u64 = u64::MAX;
+
+    /// In the place of a device that is not there.
+    pub const NONE: Self = Self {
+        virtio_mmio: 0,
+        view: 0,
+        view_words: 0,
+        domain: Self::NO_DOMAIN,
+    };
+}
+
+/// Bits of [`BootInfo::driver`], which asks, and of [`DriverReport::driver`], which says what has become of it.
 pub mod driver {
     /// [`Strategy::Linux`](virtio_mem_driver::driver::Strategy::Linux), else `Direct`.
     pub const LINUX: u64 = 1 << 0;
@@ -113,7 +138,7 @@ impl Workload {
     }
 }
 
-/// What the driver makes of the device's target. Values of [`Mailbox::driver_state`].
+/// What the driver makes of the device's target. Values of [`DriverReport::state`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum DriverState {
@@ -122,7 +147,7 @@ pub enum DriverState {
     /// Plugging or unplugging towards the target.
     Converging = 1,
     /// As close to the target as this driver can get, and nothing in flight; what it lacks is in
-    /// [`Mailbox::unreachable`].
+    /// [`DriverReport::unreachable`].
     Settled = 2,
     /// Cannot get on for now (memory in use, device busy); will try again.
     Stalled = 3,
@@ -145,7 +170,7 @@ impl DriverState {
     }
 }
 
-/// Why part of a target is out of reach. Values of [`Mailbox::unreachable_reason`].
+/// Why part of a target is out of reach. Values of [`DriverReport::unreachable_reason`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Shortfall {
@@ -200,6 +225,36 @@ impl Shortfall {
 /// The most vCPUs a guest can have.
 pub const MAX_VCPUS: usize = 16;
 
+/// The most memory devices a guest can have: with as many, mailbox and boot information are one page each, and a node for
+/// each is as many as most machines have.
+pub const MAX_DEVICES: usize = 4;
+
+/// What the driver of one memory device says of itself.
+#[derive(Debug)]
+#[repr(C)]
+pub struct DriverReport {
+    /// A [`DriverState`].
+    pub state: AtomicU32,
+    /// A [`Shortfall`].
+    pub unreachable_reason: AtomicU32,
+    /// The target as the driver last read it, in bytes.
+    pub requested_size: AtomicU64,
+    /// Bytes the driver believes plugged.
+    pub plugged_size: AtomicU64,
+    /// The node the device's memory is on.
+    pub node: AtomicU64,
+    /// Bytes of hotplugged memory of that node that the page allocator works with.
+    pub online_size: AtomicU64,
+    /// Requests sent.
+    pub requests: AtomicU64,
+    /// Bits of [`driver`].
+    pub driver: AtomicU64,
+    /// Bytes the driver plugs or unplugs at least.
+    pub granule_size: AtomicU64,
+    /// Bytes between the target and what is plugged, once the driver has settled.
+    pub unreachable: AtomicU64,
+}
+
 /// What one worker has done so far.
 #[derive(Debug, Default)]
 #[repr(C)]
@@ -238,30 +293,14 @@ pub struct Mailbox {
     pub report_request: AtomicU64,
     /// Guest: set to the request it has answered, after the view and all fields below are written.
     pub report_done: AtomicU64,
-    /// Guest: a [`DriverState`].
-    pub driver_state: AtomicU32,
     /// Guest: bytes of [`message`](Self::message) that are valid.
     pub message_len: AtomicU32,
-    /// Guest: the target as the driver last read it, in bytes.
-    pub requested_size: AtomicU64,
-    /// Guest: bytes the driver believes plugged.
-    pub plugged_size: AtomicU64,
-    /// Guest: bytes of hotplugged memory the page allocator works with.
-    pub online_size: AtomicU64,
+    /// Guest: one per memory device.
+    pub drivers: [DriverReport; MAX_DEVICES],
     /// Guest: pages moved out of memory that was being unplugged.
     pub pages_moved: AtomicU64,
     /// Guest: interrupts taken.
     pub interrupts: AtomicU64,
-    /// Guest: requests sent.
-    pub requests: AtomicU64,
-    /// Guest: bits of [`driver`].
-    pub driver: AtomicU64,
-    /// Guest: bytes the driver plugs or unplugs at least.
-    pub granule_size: AtomicU64,
-    /// Guest: bytes between the target and what is plugged, once the driver has settled.
-    pub unreachable: AtomicU64,
-    /// Guest: a [`Shortfall`].
-    pub unreachable_reason: AtomicU32,
     /// Guest: one per worker, the vCPU index being the index.
     pub workers: [WorkerCounters; MAX_VCPUS],
     /// Guest: why it panicked or failed, UTF-8.

@@ -1,5 +1,7 @@
 //! The guest program: booting it, and what each vCPU does.
 
+use alloc::collections::BTreeSet;
+use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -12,7 +14,10 @@ use virtio_mem_driver::driver::{
 use virtio_mem_driver::hotplug::{self, Boot, Config, Hotplug, OnlinePolicy, OnlineType, Profile};
 use virtio_mem_wire::{BlockMap, BlockRange, BlockState};
 
-use crate::abi::{self, BootInfo, DriverState, MAX_VCPUS, Mailbox, Shortfall, Workload, command};
+use crate::abi::{
+    self, BootInfo, DriverReport, DriverState, MAX_DEVICES, MAX_VCPUS, Mailbox, Shortfall,
+    Workload, command,
+};
 use crate::lock::SpinLock;
 use crate::message::write_message;
 use crate::platform::Platform;
@@ -33,6 +38,8 @@ pub struct Parameters {
     pub policy: Policy,
     /// Whether added memory goes to kernel zones as well as to Movable.
     pub mixed_zones: bool,
+    /// The proximity domain of each memory device that is in one.
+    pub domains: [Option<u32>; MAX_DEVICES],
 }
 
 impl From<&BootInfo> for Parameters {
@@ -45,6 +52,7 @@ impl From<&BootInfo> for Parameters {
             profile: Profile::X86_64,
             policy: policy(boot),
             mixed_zones: boot.driver & abi::driver::MIXED_ZONES != 0,
+            domains: boot.devices.map(|device| device.domain.try_into().ok()),
         }
     }
 }
@@ -67,6 +75,9 @@ pub enum BootError {
     /// None at all, or more than the mailbox has room for.
     #[error("{0} vCPUs")]
     VcpuCount(usize),
+    /// None at all, or more than the mailbox has room for.
+    #[error("{0} memory devices")]
+    DeviceCount(usize),
     /// The map of plugged blocks does not fit where it is to be published.
     #[error("a view of {have} words, {need} needed")]
     ViewTooSmall {
@@ -83,19 +94,32 @@ pub enum BootError {
     Probe(#[from] ProbeError),
 }
 
+type Probed<P> = (Hotplug<<P as Platform>::Memory>, Vec<Driver<P>>);
+
 /// The guest program. All vCPUs share one.
 pub struct Guest<P: Platform> {
     platform: P,
     parameters: Parameters,
     hotplug: SpinLock<Hotplug<P::Memory>>,
-    /// vCPU 0 holds this for as long as it runs.
-    driver: SpinLock<MemDriver<P::Hal, P::Transport>>,
+    /// One for each memory device. vCPU 0 holds this for as long as it runs.
+    drivers: SpinLock<Vec<Driver<P>>>,
+    /// The nodes that may have memory.
+    node_count: u32,
     /// Whether there may be memory soon: the other vCPUs stay awake.
     converging: AtomicBool,
     /// Bytes of memory there will be for sure, which the workers keep to.
     lasting_size: AtomicU64,
     /// Whether memory is to go: nobody is to keep it in its place.
     shrinking: AtomicBool,
+}
+
+/// The driver of one memory device.
+struct Driver<P: Platform> {
+    index: usize,
+    /// Where its memory is.
+    node: u32,
+    driver: MemDriver<P::Hal, P::Transport>,
+    progress: Progress,
 }
 
 impl<P: Platform> fmt::Debug for Guest<P> {
@@ -107,45 +131,47 @@ impl<P: Platform> fmt::Debug for Guest<P> {
 }
 
 impl<P: Platform> Guest<P> {
-    /// Takes over the memory device. Once, before any vCPU [runs](Self::run_vcpu).
+    /// Takes over the memory devices. Once, before any vCPU [runs](Self::run_vcpu).
     ///
     /// # Errors
     ///
     /// See [`BootError`]; the mailbox says [`DriverState::Failed`] and why, too.
     pub fn boot(
         platform: P,
-        transport: P::Transport,
+        transports: Vec<P::Transport>,
         parameters: Parameters,
     ) -> Result<Self, BootError> {
-        match Self::probe(&platform, transport, &parameters) {
-            Ok((hotplug, driver)) => Ok(Self {
+        match Self::probe(&platform, transports, &parameters) {
+            Ok((hotplug, drivers)) => Ok(Self {
                 platform,
                 parameters,
+                node_count: hotplug.config().possible_nodes,
                 hotplug: SpinLock::new(hotplug),
-                driver: SpinLock::new(driver),
+                drivers: SpinLock::new(drivers),
                 converging: AtomicBool::new(true),
                 lasting_size: AtomicU64::new(0),
                 shrinking: AtomicBool::new(false),
             }),
             Err(error) => {
-                publish_failure(platform.mailbox(), error);
+                for driver in &platform.mailbox().drivers {
+                    publish_failure(platform.mailbox(), driver, error);
+                }
                 Err(error)
             }
         }
     }
 
-    #[expect(
-        clippy::type_complexity,
-        reason = "the two halves of a guest, named in its only caller"
-    )]
     fn probe(
         platform: &P,
-        transport: P::Transport,
+        transports: Vec<P::Transport>,
         parameters: &Parameters,
-    ) -> Result<(Hotplug<P::Memory>, MemDriver<P::Hal, P::Transport>), BootError> {
+    ) -> Result<Probed<P>, BootError> {
         let vcpu_count = parameters.vcpu_count;
         if !(1..=MAX_VCPUS).contains(&vcpu_count) {
             return Err(BootError::VcpuCount(vcpu_count));
+        }
+        if !(1..=MAX_DEVICES).contains(&transports.len()) {
+            return Err(BootError::DeviceCount(transports.len()));
         }
         let mut policy = parameters.policy;
         let mut config = Config::new(parameters.profile);
@@ -158,15 +184,31 @@ impl<P: Platform> Guest<P> {
             // Linux's driver leaves it to the core, and its users boot with `memhp_default_state=online_movable`.
             config.default_online_type = Some(OnlineType::Movable);
         }
+        // Nodes are numbered in the order of their domains, which is how firmware usually lists them.
+        let domains: BTreeSet<u32> = parameters.domains.into_iter().flatten().collect();
+        config.possible_nodes = config.possible_nodes.max(domains.len() as u32);
         // Boot memory is the program's own, the core has none of it.
-        let mut hotplug = Hotplug::boot(config, &Boot::default(), platform.memory())?;
-        let driver = MemDriver::probe(transport, &mut hotplug, policy)?;
-        let need = driver.plugged_map().len().div_ceil(u64::from(u64::BITS));
-        let have = platform.view().len();
-        if need > have as u64 {
-            return Err(BootError::ViewTooSmall { have, need });
+        let boot = Boot {
+            proximity_domains: domains.into_iter().collect(),
+            ..Boot::default()
+        };
+        let mut hotplug = Hotplug::boot(config, &boot, platform.memory())?;
+        let mut drivers = Vec::new();
+        for (index, transport) in transports.into_iter().enumerate() {
+            let driver = MemDriver::probe(transport, &mut hotplug, policy)?;
+            let need = driver.plugged_map().len().div_ceil(u64::from(u64::BITS));
+            let have = platform.view(index).len();
+            if need > have as u64 {
+                return Err(BootError::ViewTooSmall { have, need });
+            }
+            drivers.push(Driver {
+                index,
+                node: driver.node(),
+                driver,
+                progress: Progress::Converging,
+            });
         }
-        Ok((hotplug, driver))
+        Ok((hotplug, drivers))
     }
 
     /// Runs vCPU `index` until the host says [`command::STOP`]; by then its worker has verified and freed all
@@ -178,10 +220,10 @@ impl<P: Platform> Guest<P> {
         }
     }
 
-    /// vCPU 0: the driver, and a worker in between.
+    /// vCPU 0: the drivers, and a worker in between.
     fn run_driver(&self) {
         let mailbox = self.platform.mailbox();
-        let mut driver = self.driver.lock(|| self.platform.relax());
+        let mut drivers = self.drivers.lock(|| self.platform.relax());
         let mut worker = self.worker(0);
         let mut in_use_since = None;
         while !self.take_command(0) {
@@ -190,68 +232,75 @@ impl<P: Platform> Guest<P> {
                 self.converging.store(true, Ordering::Release);
                 mailbox.interrupt.swap(0, Ordering::AcqRel);
                 mailbox.interrupts.fetch_add(1, Ordering::Relaxed);
-                driver.on_interrupt();
-            }
-            let progress = self.poll(&mut driver);
-            self.report(&driver, progress);
-            let in_use = matches!(
-                progress,
-                Progress::Stalled {
-                    reason: Stall::MemoryInUse,
-                    ..
+                // All share the line.
+                for driver in drivers.iter_mut() {
+                    driver.driver.on_interrupt();
                 }
-            );
+            }
+            self.poll(&mut drivers);
+            self.report(&drivers);
+            let in_use = drivers.iter().any(Driver::memory_in_use);
             let worked = worker.slice(self.allowance());
             if in_use {
                 let slices = *in_use_since.get_or_insert_with(|| self.slices());
                 if self.workers_let_go(&slices) {
                     // As a kernel does that has reclaimed memory: it would be a pity to wait for so long.
-                    driver.retry();
+                    for driver in drivers.iter_mut().filter(|driver| driver.memory_in_use()) {
+                        driver.driver.retry();
+                    }
                     in_use_since = None;
                 }
             } else {
                 in_use_since = None;
             }
-            if !worked {
-                match progress {
-                    Progress::Converging => {}
-                    _ if in_use => self.platform.relax(),
+            let at_work = |driver: &Driver<P>| driver.progress == Progress::Converging;
+            if !worked && !drivers.iter().any(at_work) {
+                match in_use {
+                    true => self.platform.relax(),
                     // For the time of a retry, or for a device that does not answer.
-                    _ => self.platform.wait(driver.deadline_ms()),
+                    false => {
+                        let deadlines = drivers.iter().filter_map(|d| d.driver.deadline_ms());
+                        self.platform.wait(deadlines.min());
+                    }
                 }
             }
         }
         worker.finish();
     }
 
-    /// One step of the driver.
-    fn poll(&self, driver: &mut MemDriver<P::Hal, P::Transport>) -> Progress {
-        if driver.awaits_device(self.platform.now_ms()) {
-            return Progress::AwaitingDevice;
-        }
-        let mut hotplug = self.hotplug.lock(|| self.platform.relax());
-        let progress = driver.poll(&mut hotplug, self.platform.now_ms());
-        drop(hotplug);
-        let lasting_size = match progress {
-            Progress::Settled => driver.plugged_size(),
-            // What no driver can split is lost or won at the end.
-            _ => {
-                let granules = driver.config().mutable.requested_size / driver.granule_size();
-                granules * driver.granule_size()
+    /// One step of each driver.
+    fn poll(&self, drivers: &mut [Driver<P>]) {
+        let mut polled = false;
+        for driver in drivers.iter_mut() {
+            if driver.driver.awaits_device(self.platform.now_ms()) {
+                driver.progress = Progress::AwaitingDevice;
+                continue;
             }
-        };
+            polled = true;
+            let mut hotplug = self.hotplug.lock(|| self.platform.relax());
+            driver.progress = driver.driver.poll(&mut hotplug, self.platform.now_ms());
+            drop(hotplug);
+            if let Progress::Failed(failure) = driver.progress {
+                let mailbox = self.platform.mailbox();
+                let report = &mailbox.drivers[driver.index];
+                if report.state.load(Ordering::Relaxed) != DriverState::Failed as u32 {
+                    publish_failure(mailbox, report, failure);
+                }
+            }
+        }
+        if !polled {
+            return;
+        }
+        let lasting_size = drivers.iter().map(Driver::lasting_size).sum();
         self.lasting_size.store(lasting_size, Ordering::Relaxed);
-        let shrinking = driver.config().mutable.requested_size < driver.plugged_size();
-        self.shrinking.store(shrinking, Ordering::Relaxed);
-        let converging = state_of(progress) == DriverState::Converging;
+        let shrinking = |driver: &Driver<P>| {
+            driver.driver.config().mutable.requested_size < driver.driver.plugged_size()
+        };
+        self.shrinking
+            .store(drivers.iter().any(shrinking), Ordering::Relaxed);
+        let converging = |driver: &Driver<P>| state_of(driver.progress) == DriverState::Converging;
+        let converging = drivers.iter().any(converging);
         self.converging.store(converging, Ordering::Release);
-        if let Progress::Failed(failure) = progress {
-            let mailbox = self.platform.mailbox();
-            if mailbox.message_len.load(Ordering::Relaxed) == 0 {
-                publish_failure(mailbox, failure);
-            }
-        }
-        progress
     }
 
     /// Any other vCPU: a worker, which waits where there is no memory to work with.
@@ -281,6 +330,7 @@ impl<P: Platform> Guest<P> {
             || self.platform.relax(),
             self.parameters.seed,
             index as u64,
+            self.node_count,
         )
     }
 
@@ -334,39 +384,77 @@ impl<P: Platform> Guest<P> {
 
     /// Answers the host if it has asked: everything is from one moment, and that is after every interrupt the
     /// host has raised before it asked.
-    fn report(&self, driver: &MemDriver<P::Hal, P::Transport>, progress: Progress) {
+    fn report(&self, drivers: &[Driver<P>]) {
         let mailbox = self.platform.mailbox();
         let request = mailbox.report_request.load(Ordering::Acquire);
         let answered = request == mailbox.report_done.load(Ordering::Relaxed);
         if answered || mailbox.interrupt.load(Ordering::Acquire) != 0 {
             return;
         }
-        for (cell, word) in self.platform.view().iter().zip(words(driver.plugged_map())) {
+        let hotplug = self.hotplug.lock(|| self.platform.relax());
+        let pages_moved = hotplug.statistics().pages_migrated;
+        mailbox.pages_moved.store(pages_moved, Ordering::Relaxed);
+        for driver in drivers {
+            let of_node = hotplug.zones().filter(|zone| zone.nid == driver.node);
+            let pages: u64 = of_node.map(|zone| zone.managed_pages).sum();
+            let online_size = pages * self.parameters.profile.page_size();
+            let view = self.platform.view(driver.index);
+            driver.report(&mailbox.drivers[driver.index], view, online_size);
+        }
+        drop(hotplug);
+        mailbox.report_done.store(request, Ordering::Release);
+    }
+}
+
+impl<P: Platform> Driver<P> {
+    fn memory_in_use(&self) -> bool {
+        matches!(
+            self.progress,
+            Progress::Stalled {
+                reason: Stall::MemoryInUse,
+                ..
+            }
+        )
+    }
+
+    /// Bytes there will be for sure.
+    fn lasting_size(&self) -> u64 {
+        match self.progress {
+            Progress::Settled => self.driver.plugged_size(),
+            // What no driver can split is lost or won at the end.
+            _ => {
+                let granules =
+                    self.driver.config().mutable.requested_size / self.driver.granule_size();
+                granules * self.driver.granule_size()
+            }
+        }
+    }
+
+    fn report(&self, report: &DriverReport, view: &[AtomicU64], online_size: u64) {
+        let driver = &self.driver;
+        for (cell, word) in view.iter().zip(words(driver.plugged_map())) {
             cell.store(word, Ordering::Relaxed);
         }
-        let hotplug = self.hotplug.lock(|| self.platform.relax());
-        let online_size = hotplug.counts().managed * self.parameters.profile.page_size();
-        let pages_moved = hotplug.statistics().pages_migrated;
-        drop(hotplug);
-        let requested_size = driver.config().mutable.requested_size;
         let unreachable = driver.unreachable();
         for (field, value) in [
-            (&mailbox.requested_size, requested_size),
-            (&mailbox.plugged_size, driver.plugged_size()),
-            (&mailbox.online_size, online_size),
-            (&mailbox.pages_moved, pages_moved),
-            (&mailbox.requests, driver.counters().total_requests()),
-            (&mailbox.driver, driver_bits(driver)),
-            (&mailbox.granule_size, driver.granule_size()),
-            (&mailbox.unreachable, unreachable.map_or(0, |u| u.bytes)),
+            (
+                &report.requested_size,
+                driver.config().mutable.requested_size,
+            ),
+            (&report.plugged_size, driver.plugged_size()),
+            (&report.node, self.node.into()),
+            (&report.online_size, online_size),
+            (&report.requests, driver.counters().total_requests()),
+            (&report.driver, driver_bits(driver)),
+            (&report.granule_size, driver.granule_size()),
+            (&report.unreachable, unreachable.map_or(0, |u| u.bytes)),
         ] {
             field.store(value, Ordering::Relaxed);
         }
         let reason = shortfall(unreachable) as u32;
-        mailbox.unreachable_reason.store(reason, Ordering::Relaxed);
-        let state = state_of(progress) as u32;
-        mailbox.driver_state.store(state, Ordering::Relaxed);
-        mailbox.report_done.store(request, Ordering::Release);
+        report.unreachable_reason.store(reason, Ordering::Relaxed);
+        let state = state_of(self.progress) as u32;
+        report.state.store(state, Ordering::Relaxed);
     }
 }
 
@@ -419,11 +507,13 @@ fn shortfall(unreachable: Option<Unreachable>) -> Shortfall {
     }
 }
 
-/// Tells the host at once, it may not think of asking.
-fn publish_failure(mailbox: &Mailbox, reason: impl fmt::Display) {
-    write_message(mailbox, reason);
+/// Tells the host at once, it may not think of asking. The first reason stays.
+fn publish_failure(mailbox: &Mailbox, driver: &DriverReport, reason: impl fmt::Display) {
+    if mailbox.message_len.load(Ordering::Relaxed) == 0 {
+        write_message(mailbox, reason);
+    }
     let state = DriverState::Failed as u32;
-    mailbox.driver_state.store(state, Ordering::Release);
+    driver.state.store(state, Ordering::Release);
 }
 
 /// The map as 64-bit words, the first block being bit 0 of the first.

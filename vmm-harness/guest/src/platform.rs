@@ -14,7 +14,7 @@ use crate::abi::Mailbox;
 pub trait Platform: Sync {
     /// DMA memory for the virtqueue; must not lie in hotplugged memory (G-08).
     type Hal: Hal;
-    /// The registers of the memory device.
+    /// The registers of a memory device.
     type Transport: Transport + Send;
     /// Access to hotplugged memory.
     type Memory: PhysicalMemory + Send;
@@ -25,8 +25,9 @@ pub trait Platform: Sync {
     /// The mailbox shared with the host.
     fn mailbox(&self) -> &Mailbox;
 
-    /// Where the map of plugged device blocks is published ([`BootInfo::view`](crate::abi::BootInfo::view)).
-    fn view(&self) -> &[AtomicU64];
+    /// Where the map of plugged blocks of memory device `index` is published
+    /// ([`DeviceInfo::view`](crate::abi::DeviceInfo::view)).
+    fn view(&self, index: usize) -> &[AtomicU64];
 
     /// Milliseconds of a monotonic clock with any origin. It need not be precise, only go on: it paces retries.
     fn now_ms(&self) -> u64;

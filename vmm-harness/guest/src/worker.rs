@@ -51,6 +51,7 @@ pub(crate) struct Worker<'a, M, R> {
     relax: R,
     seed: u64,
     index: u64,
+    node_count: u32,
     random: Random,
     held: Vec<HeldPage>,
     unmovable: Vec<UnmovablePage>,
@@ -67,6 +68,7 @@ impl<'a, M: PhysicalMemory, R: Fn()> Worker<'a, M, R> {
         relax: R,
         seed: u64,
         index: u64,
+        node_count: u32,
     ) -> Self {
         Self {
             hotplug,
@@ -74,6 +76,7 @@ impl<'a, M: PhysicalMemory, R: Fn()> Worker<'a, M, R> {
             relax,
             seed,
             index,
+            node_count,
             random: Random::new(seed, index),
             held: Vec::new(),
             unmovable: Vec::new(),
@@ -216,8 +219,10 @@ impl<'a, M: PhysicalMemory, R: Fn()> Worker<'a, M, R> {
     }
 
     fn allocate(&mut self, mobility: Mobility) -> Option<HeldPage> {
+        // Of any node, so that there is something in each device's memory.
+        let node = self.random.below(self.node_count as usize) as u32;
         let mut hotplug = self.hotplug.lock(&self.relax);
-        let handle = hotplug.allocate(mobility).ok()?;
+        let handle = hotplug.allocate_on(node, mobility).ok()?;
         let pinned = hotplug.pin(handle);
         drop(hotplug);
         let sequence = self.sequence;
@@ -328,7 +333,7 @@ pub(crate) mod tests {
         hotplug: &'a SpinLock<Hotplug<Pages>>,
         counters: &'a WorkerCounters,
     ) -> Worker<'a, Pages, fn()> {
-        Worker::new(hotplug, counters, || (), 42, 1)
+        Worker::new(hotplug, counters, || (), 42, 1, 1)
     }
 
     fn pages(pages: u64) -> Allowance {

@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::control::{Instance, MemoryStatus};
+use crate::control::Instance;
 
 /// Upper bounds of the latency buckets, in seconds: from a system call to a driver's patience.
 const BUCKETS: [f64; 8] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0];
@@ -33,23 +33,25 @@ pub(super) fn render(instance: &Instance) -> String {
     let Some(recorder) = recorder() else {
         return String::new();
     };
-    if let Ok(MemoryStatus {
-        guest: Some(guest),
-        frozen,
-        slot_count,
-        ..
-    }) = instance.memory()
-    {
+    for id in instance.devices() {
+        // An error is that the guest has come to its end meanwhile.
+        let Ok(status) = instance.memory(&id) else {
+            continue;
+        };
+        let Some(guest) = status.guest else {
+            continue;
+        };
         for (name, value) in [
             ("vmem_guest_plugged_bytes", guest.plugged_size),
             ("vmem_guest_online_bytes", guest.online_size),
             ("vmem_guest_unreachable_bytes", guest.unreachable_size),
-            ("vmem_guest_pages_held", guest.pages_held),
-            ("vmem_frozen", u64::from(frozen)),
-            ("vmem_slots", slot_count),
+            ("vmem_frozen", u64::from(status.frozen)),
+            ("vmem_slots", status.slot_count),
         ] {
-            metrics::gauge!(name).set(value as f64);
+            metrics::gauge!(name, "device" => id.clone()).set(value as f64);
         }
+        // The same whatever the device.
+        metrics::gauge!("vmem_guest_pages_held").set(guest.pages_held as f64);
         for (name, value) in [
             ("vmem_guest_pages_moved_total", guest.pages_moved),
             ("vmem_guest_pages_verified_total", guest.pages_verified),

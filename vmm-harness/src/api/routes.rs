@@ -7,12 +7,13 @@ use hyper::{Method, StatusCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use virtio_mem::State;
 use virtio_mem::wire::{BlockMap, BlockRange, BlockState};
 
 use super::metrics;
 use crate::Size;
-use crate::control::{ControlError, Controller, Instance, InstanceError, Operation};
+use crate::control::{
+    ControlError, Controller, DeviceOptions, FIRST_DEVICE, Instance, InstanceError, Operation,
+};
 
 /// The longest a request may wait for the end of an operation.
 const MAX_WAIT: Duration = Duration::from_secs(3600);
@@ -49,7 +50,8 @@ impl ApiError {
 impl From<InstanceError> for ApiError {
     fn from(error: InstanceError) -> Self {
         let status = match &error {
-            InstanceError::Control(ControlError::UnknownOperation(_)) => StatusCode::NOT_FOUND,
+            InstanceError::UnknownDevice(_)
+            | InstanceError::Control(ControlError::UnknownOperation(_)) => StatusCode::NOT_FOUND,
             InstanceError::Control(ControlError::Ended(_) | ControlError::Save(_)) => {
                 StatusCode::CONFLICT
             }
@@ -87,19 +89,63 @@ pub(super) enum Answer {
 }
 
 /// What a path names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Resource {
     Root,
     Actions,
-    Memory,
-    Blocks,
-    Freeze,
-    Thaw,
-    State,
+    /// A device by its name, the first without one.
+    Memory(String, Part),
     Operations,
     Operation(u64),
     Events,
     Metrics,
+}
+
+/// What there is of a memory device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Whole,
+    Blocks,
+    Freeze,
+    Thaw,
+    State,
+}
+
+impl Part {
+    fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "blocks" => Self::Blocks,
+            "freeze" => Self::Freeze,
+            "thaw" => Self::Thaw,
+            "state" => Self::State,
+            _ => return None,
+        })
+    }
+
+    fn methods(self) -> &'static [Method] {
+        match self {
+            Self::Whole => &[Method::GET, Method::PUT, Method::PATCH],
+            Self::Blocks => &[Method::GET],
+            Self::Freeze | Self::Thaw => &[Method::PUT],
+            Self::State => &[Method::GET, Method::PUT],
+        }
+    }
+}
+
+/// What is after `/hotplug/memory`.
+fn memory(path: &str) -> Option<Resource> {
+    let first = || FIRST_DEVICE.to_owned();
+    let names: Vec<_> = path.split('/').collect();
+    Some(match names.as_slice() {
+        [""] => Resource::Memory(first(), Part::Whole),
+        ["", ""] | ["", "", _] => return None,
+        ["", name] => match Part::named(name) {
+            Some(part) => Resource::Memory(first(), part),
+            None => Resource::Memory((*name).into(), Part::Whole),
+        },
+        ["", id, part] => Resource::Memory((*id).into(), Part::named(part)?),
+        _ => return None,
+    })
 }
 
 impl Resource {
@@ -107,18 +153,15 @@ impl Resource {
         Ok(match path {
             "/" => Self::Root,
             "/actions" => Self::Actions,
-            "/hotplug/memory" => Self::Memory,
-            "/hotplug/memory/blocks" => Self::Blocks,
-            "/hotplug/memory/freeze" => Self::Freeze,
-            "/hotplug/memory/thaw" => Self::Thaw,
-            "/hotplug/memory/state" => Self::State,
             "/operations" => Self::Operations,
             "/events" => Self::Events,
             "/metrics" => Self::Metrics,
             path => {
+                let device = path.strip_prefix("/hotplug/memory").and_then(memory);
                 let id = path.strip_prefix("/operations/");
-                match id.and_then(|id| id.parse().ok()) {
-                    Some(id) => Self::Operation(id),
+                let operation = id.and_then(|id| id.parse().ok()).map(Self::Operation);
+                match device.or(operation) {
+                    Some(resource) => resource,
                     None => {
                         let message = format!("there is nothing at {path:?}");
                         return Err(ApiError::new(StatusCode::NOT_FOUND, message));
@@ -128,19 +171,18 @@ impl Resource {
         })
     }
 
-    fn methods(self) -> &'static [Method] {
+    fn methods(&self) -> &'static [Method] {
         match self {
-            Self::Root | Self::Blocks | Self::Events | Self::Metrics => &[Method::GET],
-            Self::Actions | Self::Freeze | Self::Thaw => &[Method::PUT],
-            Self::Memory => &[Method::GET, Method::PUT, Method::PATCH],
-            Self::State => &[Method::GET, Method::PUT],
+            Self::Root | Self::Events | Self::Metrics => &[Method::GET],
+            Self::Actions => &[Method::PUT],
+            Self::Memory(_, part) => part.methods(),
             Self::Operations => &[Method::GET, Method::POST],
             Self::Operation(_) => &[Method::GET, Method::DELETE],
         }
     }
 
     /// Whether there is such a method here.
-    pub(super) fn check_method(self, method: &Method) -> Result<(), ApiError> {
+    pub(super) fn check_method(&self, method: &Method) -> Result<(), ApiError> {
         let methods = self.methods();
         if methods.contains(method) {
             return Ok(());
@@ -157,7 +199,7 @@ impl Resource {
     }
 
     /// The longest to wait for the end of an operation, from a query; only an operation has one.
-    pub(super) fn wait(self, method: &Method, query: Option<&str>) -> Result<Duration, ApiError> {
+    pub(super) fn wait(&self, method: &Method, query: Option<&str>) -> Result<Duration, ApiError> {
         let Some(query) = query.filter(|query| !query.is_empty()) else {
             return Ok(Duration::ZERO);
         };
@@ -183,7 +225,8 @@ impl Resource {
         instance: &Instance,
     ) -> Result<Answer, ApiError> {
         let is = |other: Method| *method == other;
-        if is(Method::GET) || is(Method::DELETE) || matches!(self, Self::Freeze | Self::Thaw) {
+        let switch = matches!(self, Self::Memory(_, Part::Freeze | Part::Thaw));
+        if is(Method::GET) || is(Method::DELETE) || switch {
             no_body(body)?;
         }
         Ok(match self {
@@ -192,58 +235,73 @@ impl Resource {
                 "vmm_version": env!("CARGO_PKG_VERSION"),
                 "state": instance.state(),
                 "backend": instance.backend(),
+                "devices": instance.devices(),
             })),
             Self::Actions => {
                 let Action::InstanceStart = read::<ActionBody>(body)?.action_type;
-                instance.start(None)?;
+                instance.start()?;
                 Answer::Done(None)
             }
-            Self::Memory if is(Method::PUT) => {
-                let config: MemoryConfig = read(body)?;
-                instance.configure(|options| config.apply(options))?;
-                Answer::Done(None)
-            }
-            Self::Memory if is(Method::PATCH) => {
-                let operation = resize(body, instance)?;
-                Answer::Done(Some(operation.id))
-            }
-            Self::Memory => Answer::Json(json!(instance.memory()?)),
-            Self::Blocks => Answer::Json(blocks(instance)?),
-            Self::Freeze => {
-                instance.with(Controller::freeze)?;
-                Answer::Done(None)
-            }
-            Self::Thaw => {
-                instance.with(Controller::thaw)?;
-                Answer::Done(None)
-            }
-            Self::State if is(Method::PUT) => {
-                instance.start(Some(read::<State>(body)?))?;
-                Answer::Done(None)
-            }
-            Self::State => {
-                let state = instance.with(Controller::save)??;
-                Answer::Json(json!(state))
-            }
+            Self::Memory(id, part) => part.answer(method, body, instance, &id)?,
             Self::Operations if is(Method::POST) => {
-                let operation = resize(body, instance)?;
+                let OperationRequest { device, update } = read(body)?;
+                let id = device.as_deref().unwrap_or(FIRST_DEVICE);
+                let operation = update.resize(instance, id)?;
                 Answer::Created(operation.id, described(&operation, instance)?)
             }
             Self::Operations => {
-                let operations = instance.with(Controller::operations)?;
+                let operations = instance.operations()?;
                 Answer::Json(json!({ "operations": operations }))
             }
             Self::Operation(id) if is(Method::DELETE) => {
-                let operation = instance.with(|device| device.cancel(id))??;
+                let operation = instance.with_operation(id, |device| device.cancel(id))?;
                 Answer::Json(described(&operation, instance)?)
             }
             Self::Operation(id) => {
-                let operation = instance.with(|device| device.operation(id))??;
+                let operation = instance.with_operation(id, |device| device.operation(id))?;
                 Answer::Json(described(&operation, instance)?)
             }
             Self::Metrics => Answer::Metrics(metrics::render(instance)),
             // The server's business: it has no end.
             Self::Events => Answer::Done(None),
+        })
+    }
+}
+
+impl Part {
+    fn answer(
+        self,
+        method: &Method,
+        body: &Bytes,
+        instance: &Instance,
+        id: &str,
+    ) -> Result<Answer, ApiError> {
+        let put = *method == Method::PUT;
+        Ok(match self {
+            Self::Whole if put => {
+                let config: MemoryConfig = read(body)?;
+                instance.configure(id, |options| config.apply(options))?;
+                Answer::Done(None)
+            }
+            Self::Whole if *method == Method::PATCH => {
+                let operation = read::<SizeUpdate>(body)?.resize(instance, id)?;
+                Answer::Done(Some(operation.id))
+            }
+            Self::Whole => Answer::Json(json!(instance.memory(id)?)),
+            Self::Blocks => Answer::Json(blocks(instance, id)?),
+            Self::Freeze => {
+                instance.with(id, Controller::freeze)?;
+                Answer::Done(None)
+            }
+            Self::Thaw => {
+                instance.with(id, Controller::thaw)?;
+                Answer::Done(None)
+            }
+            Self::State if put => {
+                instance.restore(id, read(body)?)?;
+                Answer::Done(None)
+            }
+            Self::State => Answer::Json(json!(instance.with(id, Controller::save)??)),
         })
     }
 }
@@ -269,7 +327,7 @@ struct MemoryConfig {
 }
 
 impl MemoryConfig {
-    fn apply(&self, options: &mut crate::demo::DemoOptions) {
+    fn apply(&self, options: &mut DeviceOptions) {
         options.region = bytes(self.total_size_mib);
         options.block_size = self.block_size_mib.map_or(2 * MIB, bytes);
         options.slot_size = self.slot_size_mib.map(bytes);
@@ -280,20 +338,72 @@ fn bytes(mib: u32) -> u64 {
     u64::from(mib) * MIB
 }
 
-/// The body of `PATCH /hotplug/memory` and `POST /operations`: an object with one of these.
+/// The body of `PATCH /hotplug/memory`: an object with one of these.
 #[derive(Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(try_from = "SizeFields")]
 enum SizeUpdate {
-    RequestedSizeMib(u32),
-    RequestedSize(Size),
+    Mib(u32),
+    Bytes(Size),
 }
 
-fn resize(body: &Bytes, instance: &Instance) -> Result<Operation, ApiError> {
-    let size = match read(body)? {
-        SizeUpdate::RequestedSizeMib(mib) => bytes(mib),
-        SizeUpdate::RequestedSize(Size(bytes)) => bytes,
-    };
-    Ok(instance.with(|device| device.resize(size))??)
+/// The body of `POST /operations`: besides, the device, if it is not the first.
+#[derive(Deserialize)]
+#[serde(try_from = "OperationFields")]
+struct OperationRequest {
+    device: Option<String>,
+    update: SizeUpdate,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SizeFields {
+    requested_size_mib: Option<u32>,
+    requested_size: Option<Size>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OperationFields {
+    device: Option<String>,
+    requested_size_mib: Option<u32>,
+    requested_size: Option<Size>,
+}
+
+impl TryFrom<SizeFields> for SizeUpdate {
+    type Error = &'static str;
+
+    fn try_from(fields: SizeFields) -> Result<Self, Self::Error> {
+        match (fields.requested_size_mib, fields.requested_size) {
+            (Some(mib), None) => Ok(Self::Mib(mib)),
+            (None, Some(size)) => Ok(Self::Bytes(size)),
+            _ => Err("one of requested_size_mib and requested_size is needed"),
+        }
+    }
+}
+
+impl TryFrom<OperationFields> for OperationRequest {
+    type Error = &'static str;
+
+    fn try_from(fields: OperationFields) -> Result<Self, Self::Error> {
+        let size = SizeFields {
+            requested_size_mib: fields.requested_size_mib,
+            requested_size: fields.requested_size,
+        };
+        Ok(Self {
+            device: fields.device,
+            update: size.try_into()?,
+        })
+    }
+}
+
+impl SizeUpdate {
+    fn resize(&self, instance: &Instance, id: &str) -> Result<Operation, ApiError> {
+        let size = match *self {
+            Self::Mib(mib) => bytes(mib),
+            Self::Bytes(Size(bytes)) => bytes,
+        };
+        Ok(instance.with(id, |device| device.resize(size))??)
+    }
 }
 
 /// An operation, and what keeps it from its end.
@@ -301,14 +411,14 @@ fn described(operation: &Operation, instance: &Instance) -> Result<Value, ApiErr
     let mut value = json!(operation);
     let reason = match operation.state.is_final() {
         true => None,
-        false => instance.reason()?,
+        false => instance.reason(&operation.device)?,
     };
     value["reason"] = json!(reason);
     Ok(value)
 }
 
-fn blocks(instance: &Instance) -> Result<Value, ApiError> {
-    let (geometry, plugged, guest) = instance.blocks()?;
+fn blocks(instance: &Instance, id: &str) -> Result<Value, ApiError> {
+    let (geometry, plugged, guest) = instance.blocks(id)?;
     Ok(json!({
         "address": geometry.addr(),
         "block_size": geometry.block_size(),

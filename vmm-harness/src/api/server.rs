@@ -208,10 +208,10 @@ impl Api {
         if resource == Resource::Events {
             return self.events(&head.headers, &body);
         }
-        if let Resource::Operation(id) = resource
+        if let Resource::Operation(id) = &resource
             && !wait.is_zero()
         {
-            self.wait(id, wait).await?;
+            self.wait(*id, wait).await?;
         }
         let instance = Arc::clone(&self.instance);
         let answer = spawn_blocking(move || resource.answer(&head.method, &body, &instance)).await;
@@ -243,8 +243,10 @@ impl Api {
         let deadline = Instant::now() + wait;
         let mut events = self.instance.events().listen(None);
         loop {
-            let operation = self.instance.with(|device| device.operation(id));
-            if operation??.state.is_final() || Instant::now() >= deadline {
+            let operation = self
+                .instance
+                .with_operation(id, |device| device.operation(id));
+            if operation?.state.is_final() || Instant::now() >= deadline {
                 return Ok(());
             }
             // What the event says does not matter, nor that some were lost: each is worth a look.

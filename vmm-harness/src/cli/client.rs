@@ -74,9 +74,20 @@ pub(crate) struct Api {
     /// Where `vmem run` serves its control API
     #[arg(long, value_name = "PATH", env = "VMEM_API_SOCK")]
     api_sock: Option<PathBuf>,
+    /// The memory device; the first if none is named
+    #[arg(long, value_name = "ID")]
+    device: Option<String>,
 }
 
 impl Api {
+    /// The path of the device, and what is below that.
+    fn memory(&self, part: &str) -> String {
+        match &self.device {
+            Some(id) => format!("/hotplug/memory/{id}{part}"),
+            None => format!("/hotplug/memory{part}"),
+        }
+    }
+
     fn request(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
         let socket = self.api_sock.as_deref().ok_or_else(|| {
             UsageError("name the socket of a `vmem run` with --api-sock or VMEM_API_SOCK".into())
@@ -151,7 +162,10 @@ fn resize_linux(socket: &Path, size: Option<u64>) -> anyhow::Result<ExitCode> {
 
 fn resize_running(args: &ResizeArgs, size: u64) -> anyhow::Result<ExitCode> {
     let deadline = args.deadline.map(|deadline| Instant::now() + deadline);
-    let body = json!({ "requested_size": size });
+    let mut body = json!({ "requested_size": size });
+    if let Some(id) = &args.api.device {
+        body["device"] = json!(id);
+    }
     let mut operation = args.api.request(Method::POST, "/operations", Some(&body))?;
     let path = format!("/operations/{}", operation["id"]);
     let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -183,7 +197,7 @@ fn resize_running(args: &ResizeArgs, size: u64) -> anyhow::Result<ExitCode> {
 }
 
 pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
-    let status = args.api.request(Method::GET, "/hotplug/memory", None)?;
+    let status = args.api.request(Method::GET, &args.api.memory(""), None)?;
     let mut out = io::stdout().lock();
     if args.json {
         serde_json::to_writer_pretty(&mut out, &status)?;
@@ -206,6 +220,7 @@ pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         (None, Some(true)) => paint("the size is there; frozen", AnsiColor::Yellow),
         (None, _) => paint("the size is there", AnsiColor::Green),
     };
+    writeln!(out, "device     {}", text(&status["id"]))?;
     writeln!(out, "guest      {state}")?;
     writeln!(out, "requested  {}", bytes(&status["requested_size"]))?;
     writeln!(out, "plugged    {}", bytes(&status["plugged_size"]))?;
@@ -221,9 +236,10 @@ pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     if let guest @ Value::Object(_) = &status["guest"] {
         writeln!(
             out,
-            "driver     {}, {} online, {} pages moved",
+            "driver     {}, {} online on node {}, {} pages moved",
             text(&guest["driver_state"]),
             bytes(&guest["online_size"]),
+            guest["node"],
             guest["pages_moved"]
         )?;
         writeln!(
@@ -236,19 +252,19 @@ pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
 }
 
 pub(crate) fn freeze(api: &Api) -> anyhow::Result<ExitCode> {
-    api.request(Method::PUT, "/hotplug/memory/freeze", None)?;
+    api.request(Method::PUT, &api.memory("/freeze"), None)?;
     Ok(ExitCode::SUCCESS)
 }
 
 pub(crate) fn thaw(api: &Api) -> anyhow::Result<ExitCode> {
-    api.request(Method::PUT, "/hotplug/memory/thaw", None)?;
+    api.request(Method::PUT, &api.memory("/thaw"), None)?;
     Ok(ExitCode::SUCCESS)
 }
 
 pub(crate) fn snapshot(args: &FileArgs) -> anyhow::Result<ExitCode> {
     let state = args
         .api
-        .request(Method::GET, "/hotplug/memory/state", None)?;
+        .request(Method::GET, &args.api.memory("/state"), None)?;
     let file = || args.file.display().to_string();
     fs::write(&args.file, format!("{state}\n")).with_context(file)?;
     Ok(ExitCode::SUCCESS)
@@ -259,7 +275,7 @@ pub(crate) fn restore(args: &FileArgs) -> anyhow::Result<ExitCode> {
     let text = fs::read_to_string(&args.file).with_context(file)?;
     let state = serde_json::from_str(&text).with_context(file)?;
     args.api
-        .request(Method::PUT, "/hotplug/memory/state", Some(&state))?;
+        .request(Method::PUT, &args.api.memory("/state"), Some(&state))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -88,7 +88,7 @@ enum DriverMode {
 
 #[derive(Clone, Copy, Debug, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-enum Backing {
+pub(super) enum Backing {
     /// Private anonymous memory, base pages
     Anon,
     /// Private anonymous memory, transparent huge pages
@@ -99,6 +99,17 @@ enum Backing {
     #[value(name = "hugetlb-2m")]
     #[serde(rename = "hugetlb-2m")]
     Hugetlb2m,
+}
+
+impl From<Backing> for BackingKind {
+    fn from(backing: Backing) -> Self {
+        match backing {
+            Backing::Anon => Self::Anon,
+            Backing::Thp => Self::Thp,
+            Backing::Memfd => Self::Memfd,
+            Backing::Hugetlb2m => Self::Hugetlb2m,
+        }
+    }
 }
 
 impl MachineArgs {
@@ -140,13 +151,7 @@ impl MachineArgs {
                 DriverMode::Bbm => Mode::BigBlock,
             }),
             bbm_block_size: self.bbm_block_size.map(|Size(bytes)| bytes),
-            backing: match self.backing {
-                None => default.backing,
-                Some(Backing::Anon) => BackingKind::Anon,
-                Some(Backing::Thp) => BackingKind::Thp,
-                Some(Backing::Memfd) => BackingKind::Memfd,
-                Some(Backing::Hugetlb2m) => BackingKind::Hugetlb2m,
-            },
+            backing: self.backing.map_or(default.backing, BackingKind::from),
             vcpu_count: self.vcpus.unwrap_or(default.vcpu_count),
             guest: match self.guest {
                 None => default.guest,

@@ -2,6 +2,7 @@
 
 pub(crate) mod client;
 pub(crate) mod demo;
+mod device;
 pub(crate) mod linux;
 mod machine;
 pub(crate) mod replay;

@@ -9,19 +9,22 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use vmm_harness::Size;
+use vmm_harness::control::{DeviceOptions, GuestOptions};
 use vmm_harness::demo::DemoOptions;
 use vmm_harness::run::{self, RunOptions};
 
 use super::UsageError;
+use super::device::DeviceArgs;
 use super::machine::MachineArgs;
 
 pub(crate) const HELP: &str = "\
-A file has the same options by the same names, those of the guest in a table \"machine\"; an option on the command line
-wins. Sizes are bytes, or have a binary unit: 6M, 130MiB, 4G.
+A file has the same options by the same names, those of the guest and its first memory device, mem0, in a table
+\"machine\", further devices in tables \"device\"; an option on the command line wins. A guest has four devices at the most. Sizes are bytes, or have a binary unit: 6M, 130MiB, 4G.
 
 Examples:
   vmem run --api-sock vm.sock --size 1G
   vmem run --config resources/run.toml --vcpus 4
+  vmem run --api-sock vm.sock --node 0 --device id=mem1,region=2G,node=1,size=512M
   vmem run --api-sock vm.sock --no-start
   curl --unix-socket vm.sock http://localhost/hotplug/memory
 
@@ -55,6 +58,9 @@ struct Options {
     /// Do not start the guest: that, its memory, and a state to begin with come through the API
     #[arg(long)]
     no_start: bool,
+    /// A further memory device, NAME=VALUE,…: id, and perhaps region, block-size, slot-size, node, backing, size
+    #[arg(long, value_name = "FIELDS")]
+    device: Vec<DeviceArgs>,
     #[command(flatten)]
     machine: MachineArgs,
 }
@@ -81,6 +87,10 @@ impl Options {
             size: self.size.or(others.size),
             workload: self.workload.or(others.workload),
             no_start: self.no_start || others.no_start,
+            device: match self.device.is_empty() {
+                true => others.device,
+                false => self.device,
+            },
             machine: self.machine.or(others.machine),
         }
     }
@@ -93,22 +103,22 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     };
     let missing = || UsageError("name the socket of the control API with --api-sock".into());
     let guest = options.machine.options();
-    let options = RunOptions {
-        guest: DemoOptions {
-            targets: Some(vec![options.size.map_or(0, |Size(bytes)| bytes)]),
-            worker_pages: match options.workload {
-                Some(Workload::Idle) => 0,
-                Some(Workload::Churn | Workload::Pin | Workload::Mixed) | None => {
-                    guest.worker_pages
-                }
-            },
-            workload: match options.workload {
-                Some(Workload::Pin) => vmm_harness::Workload::Pin,
-                Some(Workload::Mixed) => vmm_harness::Workload::Mixed,
-                Some(Workload::Idle | Workload::Churn) | None => vmm_harness::Workload::Alloc,
-            },
-            ..guest
+    let guest = DemoOptions {
+        targets: Some(vec![options.size.map_or(0, |Size(bytes)| bytes)]),
+        worker_pages: match options.workload {
+            Some(Workload::Idle) => 0,
+            Some(Workload::Churn | Workload::Pin | Workload::Mixed) | None => guest.worker_pages,
         },
+        workload: match options.workload {
+            Some(Workload::Pin) => vmm_harness::Workload::Pin,
+            Some(Workload::Mixed) => vmm_harness::Workload::Mixed,
+            Some(Workload::Idle | Workload::Churn) | None => vmm_harness::Workload::Alloc,
+        },
+        ..guest
+    };
+    let devices = options.device.into_iter().map(DeviceOptions::from);
+    let options = RunOptions {
+        guest: GuestOptions::new(guest, devices.collect()),
         api_sock: options.api_sock.ok_or_else(missing)?,
         start: !options.no_start,
     };

@@ -25,6 +25,8 @@ pub enum Event {
     },
     /// A size has changed; bytes.
     Sizes {
+        /// The device.
+        device: String,
         /// What the driver is asked to have plugged.
         requested_size: u64,
         /// What is plugged.
@@ -36,15 +38,25 @@ pub enum Event {
     Operation(Operation),
     /// The driver was refused something, for the first time since its last ACK.
     Refused {
+        /// The device.
+        device: String,
         /// NACK, BUSY or ERROR.
         answer: &'static str,
     },
     /// Requests are held off.
-    Frozen,
+    Frozen {
+        /// The device.
+        device: String,
+    },
     /// No more.
-    Thawed,
+    Thawed {
+        /// The device.
+        device: String,
+    },
     /// The device takes no more requests.
     Failed {
+        /// The device.
+        device: String,
         /// What the host could not undo.
         reason: String,
     },
@@ -154,19 +166,20 @@ mod tests {
     #[test]
     fn who_comes_back_hears_what_he_has_missed_and_how_much_is_lost() {
         let events = Events::default();
+        let frozen = || Event::Frozen { device: "a".into() };
         let mut slow = events.listen(None);
         for _ in 0..3 {
-            events.tell(Event::Frozen);
+            events.tell(frozen());
         }
         let mut back = events.listen(Some(1));
         let mut new = events.listen(None);
         let mut of_another_life = events.listen(Some(99));
-        events.tell(Event::Thawed);
+        events.tell(frozen());
         assert_eq!(heard(&mut back, 3), [(0, 2), (0, 3), (0, 4)]);
         assert_eq!(heard(&mut new, 1), [(0, 4)]);
         assert_eq!(heard(&mut of_another_life, 1), [(0, 4)]);
         for _ in 0..MAX_EVENTS {
-            events.tell(Event::Frozen);
+            events.tell(frozen());
         }
         let mut late = events.listen(Some(2));
         assert_eq!(heard(&mut late, 2), [(2, 5), (0, 6)]);

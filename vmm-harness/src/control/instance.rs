@@ -1,18 +1,20 @@
-//! A guest with a memory device, before and after it is started.
+//! A guest with memory devices, before and after it is started.
 
 use std::io;
 use std::sync::mpsc::Sender;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use serde::Serialize;
 use thiserror::Error;
-use virtio_mem::State;
 use virtio_mem::wire::{BlockMap, Geometry};
+use virtio_mem::{State, VirtioMem};
 use vmem_guest::abi::DriverState;
 
-use super::{ControlError, Controller, Event, Events, Reason};
-use crate::demo::{DemoError, DemoOptions};
+use super::{
+    ControlError, Controller, DeviceOptions, Event, Events, GuestOptions, Operation, Reason,
+};
+use crate::demo::DemoError;
 use crate::{Machine, Outcome, Report, StartError};
 
 /// How long a guest may take to say how it is before what it said last has to do.
@@ -30,6 +32,9 @@ pub enum InstanceError {
     /// The guest must not run yet for this.
     #[error("not possible after the guest was started")]
     Started,
+    /// There is no such device.
+    #[error("there is no memory device {0:?}")]
+    UnknownDevice(String),
     /// The guest is gone.
     #[error("not possible after the guest has ended")]
     Ended,
@@ -62,9 +67,13 @@ pub enum RunState {
     Ended,
 }
 
-/// What there is to know about the memory: sizes are bytes, or MiB rounded down where the name says so.
+/// What there is to know about a memory device: sizes are bytes, or MiB rounded down where the name says so.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryStatus {
+    /// The device's name.
+    pub id: String,
+    /// The proximity domain the device names.
+    pub node_id: Option<u16>,
     /// The region.
     pub total_size_mib: u64,
     /// A device block.
@@ -101,14 +110,46 @@ pub struct MemoryStatus {
     pub guest: Option<GuestStatus>,
 }
 
-/// What the guest says of itself. Not to be relied on: a guest writes what it likes.
+impl MemoryStatus {
+    /// What a device says of itself; what its guest has to do with is left out.
+    fn of(id: &str, device: &VirtioMem, state: RunState) -> Result<Self, InstanceError> {
+        let geometry = device.geometry();
+        let handle = device.handle();
+        let status = handle.status();
+        Ok(Self {
+            id: id.into(),
+            node_id: device.node_id(),
+            total_size_mib: geometry.region_size() >> 20,
+            block_size_mib: geometry.block_size() >> 20,
+            slot_size_mib: device.slot_size() >> 20,
+            plugged_size_mib: status.plugged_size >> 20,
+            requested_size_mib: status.requested_size >> 20,
+            total_size: geometry.region_size(),
+            block_size: geometry.block_size(),
+            slot_size: device.slot_size(),
+            plugged_size: status.plugged_size,
+            requested_size: status.requested_size,
+            usable_region_size: status.usable_region_size,
+            resident_size: handle.resident_bytes().map_err(ControlError::Resident)?,
+            slot_count: status.slot_count,
+            frozen: status.frozen,
+            state,
+            reason: None,
+            guest: None,
+        })
+    }
+}
+
+/// What the guest says of itself and a device. Not to be relied on: a guest writes what it likes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct GuestStatus {
     /// What its driver makes of the target; `None` if it says nonsense.
     pub driver_state: Option<&'static str>,
     /// Bytes its driver believes plugged.
     pub plugged_size: u64,
-    /// Bytes of hotplugged memory its page allocator works with.
+    /// The node the device's memory is on.
+    pub node: u64,
+    /// Bytes of hotplugged memory of that node that its page allocator works with.
     pub online_size: u64,
     /// Bytes between the target and what is plugged that its driver calls out of reach.
     pub unreachable_size: u64,
@@ -136,6 +177,7 @@ impl From<&Report> for GuestStatus {
                 DriverState::Failed => "failed",
             }),
             plugged_size: report.plugged_size,
+            node: report.node,
             online_size: report.online_size,
             unreachable_size: report.unreachable,
             pages_moved: report.pages_moved,
@@ -157,27 +199,41 @@ pub struct Instance {
 
 #[derive(Debug)]
 enum Phase {
-    NotStarted(Box<DemoOptions>),
+    NotStarted(Box<NotStarted>),
     Started(Box<Started>),
     /// The machine is gone.
     Stopped,
 }
 
+#[derive(Clone, Debug)]
+struct NotStarted {
+    options: GuestOptions,
+    /// What each device is to begin with.
+    states: Vec<Option<State>>,
+}
+
 #[derive(Debug)]
 struct Started {
-    // Dropped first: its thread uses the device.
-    controller: Controller,
+    // Dropped first: their threads use the devices.
+    controllers: Vec<Controller>,
     machine: Machine,
 }
 
 impl Started {
-    fn report(&self) -> Report {
-        let report = self.machine.report(REPORT_TIMEOUT);
-        report.unwrap_or_else(|_| self.machine.progress())
+    /// Of each device.
+    fn reports(&self) -> Vec<Report> {
+        let reports = self.machine.reports(REPORT_TIMEOUT);
+        reports.unwrap_or_else(|_| self.machine.progresses())
     }
 
-    fn reason(&self, report: &Report) -> Option<Reason> {
-        let status = self.controller.device().status();
+    fn controller(&self, id: &str) -> Result<(usize, &Controller), InstanceError> {
+        let mut controllers = self.controllers.iter().enumerate();
+        let found = controllers.find(|(_, controller)| controller.id() == id);
+        found.ok_or_else(|| InstanceError::UnknownDevice(id.into()))
+    }
+
+    fn reason(&self, controller: &Controller, report: &Report) -> Option<Reason> {
+        let status = controller.device().status();
         Reason::of(&status, Some(report), self.machine.outcome().as_ref())
     }
 }
@@ -188,10 +244,13 @@ impl Instance {
     /// # Errors
     ///
     /// [`InstanceError::Guest`] if the options do not go together.
-    pub fn new(options: DemoOptions) -> Result<Self, InstanceError> {
-        options.check()?;
+    pub fn new(options: impl Into<GuestOptions>) -> Result<Self, InstanceError> {
+        let options = options.into();
+        options.with_each()?;
+        let states = vec![None; options.devices().len()];
+        let phase = NotStarted { options, states };
         Ok(Self {
-            phase: RwLock::new(Phase::NotStarted(Box::new(options))),
+            phase: RwLock::new(Phase::NotStarted(Box::new(phase))),
             events: Events::default(),
             ended: None,
         })
@@ -212,48 +271,105 @@ impl Instance {
         &self.events
     }
 
-    /// Changes options of a guest that is not started.
+    /// The names of the devices; none once the guest is gone.
+    #[must_use]
+    pub fn devices(&self) -> Vec<String> {
+        match &*self.read() {
+            Phase::NotStarted(phase) => {
+                let devices = phase.options.devices().iter();
+                devices.map(|device| device.id.clone()).collect()
+            }
+            Phase::Started(started) => {
+                let controllers = started.controllers.iter();
+                controllers.map(|device| device.id().to_owned()).collect()
+            }
+            Phase::Stopped => Vec::new(),
+        }
+    }
+
+    /// Changes options of a device of a guest that is not started.
     ///
     /// # Errors
     ///
     /// [`InstanceError`]; nothing has changed then.
-    pub fn configure(&self, change: impl FnOnce(&mut DemoOptions)) -> Result<(), InstanceError> {
-        match &mut *self.write() {
-            Phase::NotStarted(options) => {
-                let mut changed = options.clone();
-                change(&mut changed);
-                changed.check()?;
-                *options = changed;
-                Ok(())
-            }
-            Phase::Started(_) | Phase::Stopped => Err(InstanceError::Started),
-        }
+    pub fn configure(
+        &self,
+        id: &str,
+        change: impl FnOnce(&mut DeviceOptions),
+    ) -> Result<(), InstanceError> {
+        let mut phase = self.write();
+        let (phase, index) = not_started(&mut phase, id)?;
+        let mut changed = phase.options.clone();
+        change(&mut changed.devices_mut()[index]);
+        changed.with_each()?;
+        phase.options = changed;
+        Ok(())
     }
 
-    /// Starts the guest, with a device that is as `state` says, if that is given.
+    /// Starts the guest, with devices as their states say, if they have been given some.
     ///
     /// # Errors
     ///
     /// [`InstanceError`]; the guest can be started otherwise then.
-    pub fn start(&self, state: Option<State>) -> Result<(), InstanceError> {
+    pub fn start(&self) -> Result<(), InstanceError> {
         let mut phase = self.write();
-        let Phase::NotStarted(options) = &*phase else {
+        let Phase::NotStarted(not_started) = &*phase else {
             return Err(InstanceError::Started);
         };
-        let (config, mut device) = options.machine()?;
-        device = match state {
-            Some(state) => device.restore(state),
-            None => device.requested_size(options.initial_size()),
-        };
-        let machine = Machine::start(&config, device)?;
-        let controller = Controller::watched(machine.handle(), self.events.clone())?;
-        let (events, ended) = (self.events.clone(), self.ended.clone());
-        *phase = Phase::Started(Box::new(Started {
-            controller,
+        *phase = Phase::Started(Box::new(self.started(not_started)?));
+        self.begin(&phase);
+        Ok(())
+    }
+
+    /// Has a device begin as `state` says; with the last one that is given a state, the guest is started.
+    ///
+    /// # Errors
+    ///
+    /// [`InstanceError`]; the device can be given another state then.
+    pub fn restore(&self, id: &str, state: State) -> Result<(), InstanceError> {
+        let mut phase = self.write();
+        let (given, index) = not_started(&mut phase, id)?;
+        let mut with_state = given.clone();
+        with_state.states[index] = Some(state);
+        if with_state.states.iter().any(Option::is_none) {
+            *given = with_state;
+            return Ok(());
+        }
+        *phase = Phase::Started(Box::new(self.started(&with_state)?));
+        self.begin(&phase);
+        Ok(())
+    }
+
+    fn started(&self, not_started: &NotStarted) -> Result<Started, InstanceError> {
+        let NotStarted { options, states } = not_started;
+        let mut config = None;
+        let mut builders = Vec::new();
+        for (options, state) in options.with_each()?.iter().zip(states) {
+            let (machine, device) = options.machine()?;
+            builders.push(match state {
+                Some(state) => device.restore(state.clone()),
+                None => device.requested_size(options.initial_size()),
+            });
+            config.get_or_insert(machine);
+        }
+        let machine = Machine::start_with(&config.unwrap_or_default(), builders)?;
+        let last_operation = Arc::default();
+        let devices = machine.devices().zip(options.devices());
+        let controllers = devices.map(|(device, options)| {
+            let (events, last) = (self.events.clone(), Arc::clone(&last_operation));
+            Controller::watched(&options.id, device.handle(), events, last)
+        });
+        Ok(Started {
+            controllers: controllers.collect::<Result<_, _>>()?,
             machine,
-        }));
+        })
+    }
+
+    /// Tells of the beginning, and in time of the end.
+    fn begin(&self, phase: &Phase) {
         self.events.tell(Event::Started);
-        if let Phase::Started(started) = &*phase {
+        let (events, ended) = (self.events.clone(), self.ended.clone());
+        if let Phase::Started(started) = phase {
             started.machine.on_end(move |outcome| {
                 let outcome = outcome.to_string();
                 events.tell(Event::Ended { outcome });
@@ -261,17 +377,12 @@ impl Instance {
                 let _ = ended.map(|ended| ended.send(()));
             });
         }
-        Ok(())
     }
 
     /// Where the instance is in its life.
     #[must_use]
     pub fn state(&self) -> RunState {
-        match &*self.read() {
-            Phase::NotStarted(_) => RunState::NotStarted,
-            Phase::Started(started) if started.machine.outcome().is_none() => RunState::Running,
-            Phase::Started(_) | Phase::Stopped => RunState::Ended,
-        }
+        run_state(&self.read())
     }
 
     /// How the guest has ended; `None` while it has not.
@@ -292,106 +403,115 @@ impl Instance {
         }
     }
 
-    /// Does something to the device of a guest that is started.
+    /// Does something to a device of a guest that is started.
+    ///
+    /// # Errors
+    ///
+    /// [`InstanceError::NotStarted`], [`InstanceError::Ended`], [`InstanceError::UnknownDevice`].
+    pub fn with<T>(&self, id: &str, f: impl FnOnce(&Controller) -> T) -> Result<T, InstanceError> {
+        Ok(f(started(&self.read())?.controller(id)?.1))
+    }
+
+    /// Every operation that is remembered, in the order asked for.
     ///
     /// # Errors
     ///
     /// [`InstanceError::NotStarted`], [`InstanceError::Ended`].
-    pub fn with<T>(&self, f: impl FnOnce(&Controller) -> T) -> Result<T, InstanceError> {
-        Ok(f(&started(&self.read())?.controller))
+    pub fn operations(&self) -> Result<Vec<Operation>, InstanceError> {
+        let phase = self.read();
+        let controllers = started(&phase)?.controllers.iter();
+        let mut operations: Vec<_> = controllers.flat_map(Controller::operations).collect();
+        operations.sort_by_key(|operation| operation.id);
+        Ok(operations)
     }
 
-    /// The memory as it is now. Asks the guest, which may take a quarter of a second if it does not answer.
+    /// Does something with an operation, by the controller of the device that has it.
+    ///
+    /// # Errors
+    ///
+    /// [`InstanceError`], with [`ControlError::UnknownOperation`] if no device has it.
+    pub fn with_operation(
+        &self,
+        id: u64,
+        f: impl Fn(&Controller) -> Result<Operation, ControlError>,
+    ) -> Result<Operation, InstanceError> {
+        let phase = self.read();
+        for controller in &started(&phase)?.controllers {
+            match f(controller) {
+                Err(ControlError::UnknownOperation(_)) => {}
+                result => return Ok(result?),
+            }
+        }
+        Err(ControlError::UnknownOperation(id).into())
+    }
+
+    /// The memory of a device as it is now. Asks the guest, which may take a quarter of a second if it does not answer.
     ///
     /// # Errors
     ///
     /// [`InstanceError`].
-    pub fn memory(&self) -> Result<MemoryStatus, InstanceError> {
+    pub fn memory(&self, id: &str) -> Result<MemoryStatus, InstanceError> {
         let phase = self.read();
-        let (geometry, slot_size, status, resident_size, report, reason) = match &*phase {
-            Phase::NotStarted(options) => {
+        let state = run_state(&phase);
+        match &*phase {
+            Phase::NotStarted(phase) => {
+                let index = index_of(&phase.options, id)?;
                 // Described by a device like the one there will be, which has no memory yet.
+                let options = &phase.options.with_each()?[index];
                 let (_, device) = options.machine()?;
                 let device = device.requested_size(options.initial_size());
                 let device = device.build().map_err(StartError::from)?;
-                let status = device.handle().status();
-                let reason = Reason::NotStarted;
-                let reason = (status.requested_size > 0).then_some(reason);
-                (
-                    device.geometry(),
-                    device.slot_size(),
-                    status,
-                    0,
-                    None,
-                    reason,
-                )
+                let requested = device.handle().status().requested_size > 0;
+                Ok(MemoryStatus {
+                    reason: requested.then_some(Reason::NotStarted),
+                    resident_size: 0,
+                    ..MemoryStatus::of(id, &device, state)?
+                })
             }
             Phase::Started(started) => {
-                let report = started.report();
-                let device = started.machine.device();
-                let resident = device.handle().resident_bytes();
-                let resident = resident.map_err(ControlError::Resident)?;
-                let reason = started.reason(&report);
-                let status = started.controller.device().status();
-                let report = Some(report);
-                (
-                    device.geometry(),
-                    device.slot_size(),
-                    status,
-                    resident,
-                    report,
-                    reason,
-                )
+                let (index, controller) = started.controller(id)?;
+                let report = &started.reports()[index];
+                let Some(device) = started.machine.devices().nth(index) else {
+                    return Err(InstanceError::UnknownDevice(id.into()));
+                };
+                Ok(MemoryStatus {
+                    reason: started.reason(controller, report),
+                    guest: Some(GuestStatus::from(report)),
+                    ..MemoryStatus::of(id, device, state)?
+                })
             }
-            Phase::Stopped => return Err(InstanceError::Ended),
-        };
-        drop(phase);
-        Ok(MemoryStatus {
-            total_size_mib: geometry.region_size() >> 20,
-            block_size_mib: geometry.block_size() >> 20,
-            slot_size_mib: slot_size >> 20,
-            plugged_size_mib: status.plugged_size >> 20,
-            requested_size_mib: status.requested_size >> 20,
-            total_size: geometry.region_size(),
-            block_size: geometry.block_size(),
-            slot_size,
-            plugged_size: status.plugged_size,
-            requested_size: status.requested_size,
-            usable_region_size: status.usable_region_size,
-            resident_size,
-            slot_count: status.slot_count,
-            frozen: status.frozen,
-            state: self.state(),
-            reason,
-            guest: report.as_ref().map(GuestStatus::from),
-        })
+            Phase::Stopped => Err(InstanceError::Ended),
+        }
     }
 
-    /// Why the size is not there; `None` if it is. May take as long as [`memory`](Self::memory).
+    /// Why the size of a device is not there; `None` if it is. May take as long as [`memory`](Self::memory).
     ///
     /// # Errors
     ///
-    /// [`InstanceError::NotStarted`], [`InstanceError::Ended`].
-    pub fn reason(&self) -> Result<Option<Reason>, InstanceError> {
+    /// [`InstanceError`].
+    pub fn reason(&self, id: &str) -> Result<Option<Reason>, InstanceError> {
         let phase = self.read();
         let started = started(&phase)?;
-        Ok(started.reason(&started.report()))
+        let (index, controller) = started.controller(id)?;
+        Ok(started.reason(controller, &started.reports()[index]))
     }
 
-    /// The blocks: geometry, those plugged, and those the guest's driver believes plugged.
+    /// The blocks of a device: geometry, those plugged, and those the guest's driver believes plugged.
     ///
     /// # Errors
     ///
-    /// [`InstanceError::NotStarted`], [`InstanceError::Ended`].
-    pub fn blocks(&self) -> Result<(Geometry, BlockMap, BlockMap), InstanceError> {
+    /// [`InstanceError`].
+    pub fn blocks(&self, id: &str) -> Result<(Geometry, BlockMap, BlockMap), InstanceError> {
         let phase = self.read();
         let started = started(&phase)?;
-        let view = started.report().view;
-        let device = started.controller.device();
+        let (index, controller) = started.controller(id)?;
+        let view = started.reports().swap_remove(index).view;
+        let device = controller.device();
         Ok((device.geometry(), device.plugged(), view))
     }
 
-    /// Ends the guest, which verifies its pages first; how it has ended and what it said last. `None` if it was never
+    /// Ends the guest, which verifies its pages first; how it has ended and what it said last of itself and its first
+    /// device. `None` if it was never
     /// started.
     #[must_use]
     pub fn stop(&self) -> Option<(Outcome, GuestStatus)> {
@@ -399,10 +519,10 @@ impl Instance {
             return None;
         };
         let Started {
-            controller,
+            controllers,
             mut machine,
         } = *started;
-        drop(controller);
+        drop(controllers);
         let outcome = machine.finish(STOP_GRACE);
         Some((outcome, GuestStatus::from(&machine.progress())))
     }
@@ -423,4 +543,31 @@ fn started(phase: &Phase) -> Result<&Started, InstanceError> {
         Phase::NotStarted(_) => Err(InstanceError::NotStarted),
         Phase::Stopped => Err(InstanceError::Ended),
     }
+}
+
+fn run_state(phase: &Phase) -> RunState {
+    match phase {
+        Phase::NotStarted(_) => RunState::NotStarted,
+        Phase::Started(started) if started.machine.outcome().is_none() => RunState::Running,
+        Phase::Started(_) | Phase::Stopped => RunState::Ended,
+    }
+}
+
+/// What can still be changed, and which device is called `id`.
+fn not_started<'a>(
+    phase: &'a mut Phase,
+    id: &str,
+) -> Result<(&'a mut NotStarted, usize), InstanceError> {
+    match phase {
+        Phase::NotStarted(phase) => {
+            let index = index_of(&phase.options, id)?;
+            Ok((phase, index))
+        }
+        Phase::Started(_) | Phase::Stopped => Err(InstanceError::Started),
+    }
+}
+
+fn index_of(options: &GuestOptions, id: &str) -> Result<usize, InstanceError> {
+    let found = options.devices().iter().position(|device| device.id == id);
+    found.ok_or_else(|| InstanceError::UnknownDevice(id.into()))
 }

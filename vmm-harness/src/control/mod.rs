@@ -1,15 +1,16 @@
 //! What can be done to a memory device from outside its guest: one set of operations behind every front end.
 //!
 //! The lines of [`serve`](crate::serve) and the HTTP of [`api`](crate::api) both end here. [`Controller`] is one device;
-//! [`Instance`] is a guest with one, before and after it is started.
+//! [`Instance`] is a guest with one or several, before and after it is started.
 
 mod events;
 mod instance;
+mod options;
 mod reason;
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -21,6 +22,7 @@ use virtio_mem::{Handle, Resize, ResizeError, ResizeState, SaveError, State, Sta
 
 pub use events::{Event, Events, Listener};
 pub use instance::{GuestStatus, Instance, InstanceError, MemoryStatus, RunState};
+pub use options::{DeviceOptions, FIRST_DEVICE, GuestOptions};
 pub use reason::Reason;
 
 /// Operations that are remembered; of more, the oldest are forgotten.
@@ -68,8 +70,10 @@ pub struct Sizes {
 /// A resize, by number. All sizes are bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Operation {
-    /// From 1, in the order asked for.
+    /// From 1, in the order asked for, whatever the device.
     pub id: u64,
+    /// The device.
+    pub device: String,
     /// What was asked for.
     pub requested_size: u64,
     /// What is plugged now.
@@ -113,16 +117,12 @@ pub struct Controller {
 
 #[derive(Debug)]
 struct Shared {
+    id: String,
     device: Handle,
     events: Events,
-    operations: Mutex<Operations>,
+    last_operation: Arc<AtomicU64>,
+    operations: Mutex<VecDeque<Entry>>,
     end: AtomicBool,
-}
-
-#[derive(Debug, Default)]
-struct Operations {
-    last_id: u64,
-    list: VecDeque<Entry>,
 }
 
 #[derive(Debug)]
@@ -138,24 +138,36 @@ impl Controller {
     #[must_use]
     pub fn new(device: Handle) -> Self {
         Self {
-            shared: Shared::new(device, Events::default()),
+            shared: Shared::new(FIRST_DEVICE, device, Events::default(), Arc::default()),
             watcher: None,
         }
     }
 
-    /// Tells `events` what happens to the device, from a thread of its own.
+    /// Tells `events` what happens to the device called `id`, from a thread of its own. Operations are numbered on from
+    /// `last_operation`, together with those of others that have the same.
     ///
     /// # Errors
     ///
     /// If the host has no more threads.
-    pub fn watched(device: Handle, events: Events) -> io::Result<Self> {
-        let shared = Shared::new(device, events);
+    pub fn watched(
+        id: &str,
+        device: Handle,
+        events: Events,
+        last_operation: Arc<AtomicU64>,
+    ) -> io::Result<Self> {
+        let shared = Shared::new(id, device, events, last_operation);
         let watched = Arc::clone(&shared);
         let watcher = thread::Builder::new().name("vmem-watch".into());
         Ok(Self {
             shared,
             watcher: Some(watcher.spawn(move || watched.watch())?),
         })
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.shared.id
     }
 
     /// The device.
@@ -193,18 +205,17 @@ impl Controller {
         // Locked first: numbers are in the order the device was asked.
         let mut operations = self.shared.operations();
         let resize = self.device().resize(size)?;
-        operations.last_id += 1;
         let mut entry = Entry {
-            id: operations.last_id,
+            id: self.shared.last_operation.fetch_add(1, Ordering::Relaxed) + 1,
             resize,
             announced: false,
         };
-        let operation = entry.operation();
+        let operation = entry.operation(self.id());
         entry.announced = operation.state.is_final();
-        if operations.list.len() == MAX_OPERATIONS {
-            operations.list.pop_front();
+        if operations.len() == MAX_OPERATIONS {
+            operations.pop_front();
         }
-        operations.list.push_back(entry);
+        operations.push_back(entry);
         self.shared.tell(Event::Operation(operation.clone()));
         Ok(operation)
     }
@@ -213,7 +224,8 @@ impl Controller {
     #[must_use]
     pub fn operations(&self) -> Vec<Operation> {
         let operations = self.shared.operations();
-        operations.list.iter().map(Entry::operation).collect()
+        let operation = |entry: &Entry| entry.operation(self.id());
+        operations.iter().map(operation).collect()
     }
 
     /// One of them.
@@ -222,7 +234,7 @@ impl Controller {
     ///
     /// [`ControlError::UnknownOperation`].
     pub fn operation(&self, id: u64) -> Result<Operation, ControlError> {
-        self.shared.operations().find(id).map(Entry::operation)
+        self.find(id, |entry| entry.operation(self.id()))
     }
 
     /// Gives an operation up: what is plugged now is what is requested.
@@ -231,11 +243,17 @@ impl Controller {
     ///
     /// [`ControlError::UnknownOperation`], [`ControlError::Ended`].
     pub fn cancel(&self, id: u64) -> Result<Operation, ControlError> {
-        let resize = self.shared.operations().find(id)?.resize.clone();
+        let resize = self.find(id, |entry| entry.resize.clone())?;
         match resize.cancel() {
             true => self.operation(id),
             false => Err(ControlError::Ended(id)),
         }
+    }
+
+    fn find<T>(&self, id: u64, of: impl FnOnce(&Entry) -> T) -> Result<T, ControlError> {
+        let operations = self.shared.operations();
+        let found = operations.iter().find(|entry| entry.id == id);
+        found.map(of).ok_or(ControlError::UnknownOperation(id))
     }
 
     /// Holds requests off, see [`Handle::freeze`].
@@ -269,15 +287,8 @@ impl Drop for Controller {
     }
 }
 
-impl Operations {
-    fn find(&self, id: u64) -> Result<&Entry, ControlError> {
-        let found = self.list.iter().find(|entry| entry.id == id);
-        found.ok_or(ControlError::UnknownOperation(id))
-    }
-}
-
 impl Entry {
-    fn operation(&self) -> Operation {
+    fn operation(&self, device: &str) -> Operation {
         let progress = self.resize.progress();
         let (state, superseded_by) = match progress.state {
             ResizeState::Converging => (OperationState::Converging, None),
@@ -288,6 +299,7 @@ impl Entry {
         };
         Operation {
             id: self.id,
+            device: device.into(),
             requested_size: progress.requested_size,
             plugged_size: progress.plugged_size,
             state,
@@ -322,16 +334,18 @@ impl From<&Status> for Seen {
 }
 
 impl Shared {
-    fn new(device: Handle, events: Events) -> Arc<Self> {
+    fn new(id: &str, device: Handle, events: Events, last_operation: Arc<AtomicU64>) -> Arc<Self> {
         Arc::new(Self {
+            id: id.into(),
             device,
             events,
+            last_operation,
             operations: Mutex::default(),
             end: AtomicBool::new(false),
         })
     }
 
-    fn operations(&self) -> MutexGuard<'_, Operations> {
+    fn operations(&self) -> MutexGuard<'_, VecDeque<Entry>> {
         // Nothing is left half done under it.
         self.operations
             .lock()
@@ -357,8 +371,10 @@ impl Shared {
     }
 
     fn tell_changes(&self, before: &Seen, now: &Seen, status: &Status) {
+        let device = || self.id.clone();
         if now.sizes != before.sizes {
             self.tell(Event::Sizes {
+                device: device(),
                 requested_size: status.requested_size,
                 plugged_size: status.plugged_size,
                 usable_region_size: status.usable_region_size,
@@ -366,14 +382,15 @@ impl Shared {
         }
         if now.frozen != before.frozen {
             self.tell(match now.frozen {
-                true => Event::Frozen,
-                false => Event::Thawed,
+                true => Event::Frozen { device: device() },
+                false => Event::Thawed { device: device() },
             });
         }
         if let Some(answer) = now.refused
             && now.refused != before.refused
         {
             self.tell(Event::Refused {
+                device: device(),
                 answer: answer.name(),
             });
         }
@@ -381,6 +398,7 @@ impl Shared {
             && !before.failed
         {
             self.tell(Event::Failed {
+                device: device(),
                 reason: failure.to_string(),
             });
         }
@@ -388,11 +406,11 @@ impl Shared {
 
     /// Tells of the operations that have ended since.
     fn announce(&self) {
-        for entry in &mut self.operations().list {
+        for entry in &mut *self.operations() {
             if entry.announced {
                 continue;
             }
-            let operation = entry.operation();
+            let operation = entry.operation(&self.id);
             if operation.state.is_final() {
                 entry.announced = true;
                 self.tell(Event::Operation(operation));

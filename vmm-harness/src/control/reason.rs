@@ -131,6 +131,7 @@ mod tests {
             driver_state: Some(driver_state),
             requested_size: STATUS.requested_size,
             plugged_size: 0,
+            node: 0,
             online_size: 0,
             pages_moved: 0,
             interrupts: 0,

@@ -22,6 +22,8 @@ const TARGETS: [u64; 5] = [1 << 30, 130 << 20, 2 << 30, 6 << 20, 0];
 pub struct DemoOptions {
     /// Bytes of memory the guest has from the start.
     pub boot_memory: u64,
+    /// Guest-physical address of the device-managed region.
+    pub region_start: u64,
     /// Bytes of the device-managed region.
     pub region: u64,
     /// Bytes per device block.
@@ -61,6 +63,7 @@ impl Default for DemoOptions {
     fn default() -> Self {
         Self {
             boot_memory: 256 << 20,
+            region_start: REGION_START,
             region: 4 << 30,
             block_size: 2 << 20,
             slot_size: None,
@@ -110,8 +113,9 @@ impl DemoOptions {
     ) -> Result<(MachineConfig, Builder), DemoError> {
         let backing = self.backing.map(self.region);
         let backing = backing.map_err(|error| DemoError::Backing(size(self.region), error))?;
-        let mut device = VirtioMem::builder(GuestAddress(REGION_START), faults.backing(backing))
-            .block_size(self.block_size);
+        let mut device =
+            VirtioMem::builder(GuestAddress(self.region_start), faults.backing(backing))
+                .block_size(self.block_size);
         if let Some(slot_size) = self.slot_size {
             device = device.slot_size(slot_size);
         }
@@ -178,7 +182,7 @@ impl Plan {
     ///
     /// [`DemoError::Options`] if the options do not go together.
     pub(crate) fn new(options: &DemoOptions) -> Result<Self, DemoError> {
-        let geometry = Geometry::new(REGION_START, options.region, options.block_size)
+        let geometry = Geometry::new(options.region_start, options.region, options.block_size)
             .map_err(|error| DemoError::Options(error.to_string()))?;
         check_boot_memory(options.boot_memory)?;
         let policy = Policy {
@@ -206,7 +210,7 @@ impl Plan {
             return Err(DemoError::Options(format!(
                 "the region of {} at {} holds no whole {} of {}",
                 size(options.region),
-                size(REGION_START),
+                size(options.region_start),
                 unit_name(sizes.mode),
                 size(sizes.unit_size)
             )));

@@ -139,17 +139,23 @@ impl Parts {
     }
 
     fn try_boot(self: &Arc<Self>) -> Result<Guest<HostPlatform>, String> {
-        let device = self.bus.transport.device();
-        let shadow = Arc::new(Shadow::new(device.geometry(), true));
-        let observed = device.handle().add_observer(Arc::clone(&shadow));
-        observed.map_err(|error| error.to_string())?;
+        let page_size = Parameters::from(&self.info).profile.page_size();
+        let mut memory = HostMemory::new(page_size);
+        let mut transports = Vec::new();
+        for transport in &self.bus.transports {
+            let device = transport.device();
+            let shadow = Arc::new(Shadow::new(device.geometry(), true));
+            let observed = device.handle().add_observer(Arc::clone(&shadow));
+            observed.map_err(|error| error.to_string())?;
+            memory = memory.with(device, shadow);
+            transports.push(LoopbackTransport::new(Arc::clone(transport)));
+        }
         let platform = HostPlatform {
             parts: Arc::clone(self),
             started: Instant::now(),
-            shadow,
+            memory,
         };
-        let transport = LoopbackTransport::new(Arc::clone(&self.bus.transport));
-        let guest = Guest::boot(platform, transport, Parameters::from(&self.info));
+        let guest = Guest::boot(platform, transports, Parameters::from(&self.info));
         guest.map_err(|error| error.to_string())
     }
 

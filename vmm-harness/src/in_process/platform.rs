@@ -14,8 +14,8 @@ use virtio_mem::{Backing, VirtioMem};
 use virtio_mem_driver::hotplug::PhysicalMemory;
 use virtio_mem_wire::Geometry;
 use vm_memory::{Bytes, GuestMemoryRegion, MemoryRegionAddress};
+use vmem_guest::Platform;
 use vmem_guest::abi::Mailbox;
-use vmem_guest::{Parameters, Platform};
 
 use super::Parts;
 use super::arena::ArenaHal;
@@ -33,17 +33,13 @@ thread_local! {
 pub(super) struct HostPlatform {
     pub(super) parts: Arc<Parts>,
     pub(super) started: Instant,
-    pub(super) shadow: Arc<Shadow>,
+    pub(super) memory: HostMemory,
 }
 
 impl HostPlatform {
     /// Makes the current thread vCPU `index`.
     pub(super) fn enter_vcpu(index: usize) {
         VCPU.set(index);
-    }
-
-    fn device(&self) -> &VirtioMem {
-        self.parts.bus.transport.device()
     }
 }
 
@@ -53,16 +49,15 @@ impl Platform for HostPlatform {
     type Memory = HostMemory;
 
     fn memory(&self) -> HostMemory {
-        let page_size = Parameters::from(&self.parts.info).profile.page_size();
-        HostMemory::new(self.device(), Arc::clone(&self.shadow), page_size)
+        self.memory.clone()
     }
 
     fn mailbox(&self) -> &Mailbox {
         &self.parts.mailbox
     }
 
-    fn view(&self) -> &[AtomicU64] {
-        self.parts.mailbox.view()
+    fn view(&self, index: usize) -> &[AtomicU64] {
+        self.parts.mailbox.view(index)
     }
 
     fn now_ms(&self) -> u64 {
@@ -81,7 +76,11 @@ impl Platform for HostPlatform {
 
     /// Asks the device's region, which refuses unplugged blocks, instead of running into them.
     fn touch(&self, address: u64) {
-        let region = self.device().region(());
+        // Where no region is, nobody answers.
+        let Some(device) = self.parts.bus.device_at(address) else {
+            return;
+        };
+        let region = device.region(());
         let offset = MemoryRegionAddress(address.wrapping_sub(region.start_addr().0));
         let read = region.read_obj::<u64>(offset);
         let touched = read.and_then(|value| region.write_obj(value, offset));
@@ -96,41 +95,57 @@ impl Platform for HostPlatform {
     }
 }
 
-/// Hotplugged memory where the device's backing has it. An access to what is not plugged panics (G-06, G-10).
+/// Hotplugged memory where the devices' backings have it. An access to what is not plugged panics (G-06, G-10).
 #[derive(Clone, Debug)]
 pub struct HostMemory {
-    geometry: Geometry,
-    backing: Arc<dyn Backing>,
-    shadow: Arc<Shadow>,
+    regions: Vec<Region>,
     page_size: u64,
 }
 
+#[derive(Clone, Debug)]
+struct Region {
+    geometry: Geometry,
+    backing: Arc<dyn Backing>,
+    shadow: Arc<Shadow>,
+}
+
 impl HostMemory {
-    /// The memory of `device`, in pages of `page_size` bytes, as far as `shadow` allows, which is an observer of it.
+    /// No memory yet, in pages of `page_size` bytes.
     #[must_use]
-    pub fn new(device: &VirtioMem, shadow: Arc<Shadow>, page_size: u64) -> Self {
+    pub fn new(page_size: u64) -> Self {
         Self {
+            regions: Vec::new(),
+            page_size,
+        }
+    }
+
+    /// The memory of `device` besides, as far as `shadow` allows, which is an observer of it.
+    #[must_use]
+    pub fn with(mut self, device: &VirtioMem, shadow: Arc<Shadow>) -> Self {
+        self.regions.push(Region {
             geometry: device.geometry(),
             backing: device.backing(),
             shadow,
-            page_size,
-        }
+        });
+        self
     }
 }
 
 // SAFETY: pages that are online lie in plugged blocks, which the backing keeps open, at one place for as long
-// as it lives; it is mapped once and different addresses are at different offsets.
+// as it lives; it is mapped once, different addresses are at different offsets, and regions do not overlap.
 unsafe impl PhysicalMemory for HostMemory {
     fn page(&self, address: u64) -> NonNull<u8> {
-        let block = self.geometry.block_at(address);
-        block.expect("pages that are online are pages of the region");
+        let mut regions = self.regions.iter();
+        let region = regions.find(|region| region.geometry.block_at(address).is_some());
+        let region = region.expect("pages that are online are pages of a region");
         let touched =
-            self.shadow
+            region
+                .shadow
                 .check("the page allocator", Access::Write, address, self.page_size);
         touched.expect("only plugged memory is touched");
-        let offset = usize::try_from(address - self.geometry.addr());
+        let offset = usize::try_from(address - region.geometry.addr());
         let offset = offset.expect("the region is mapped, so offsets into it fit");
         // SAFETY: inside the region, so inside the backing's mapping.
-        unsafe { self.backing.host_address().add(offset) }
+        unsafe { region.backing.host_address().add(offset) }
     }
 }

@@ -116,6 +116,7 @@ mod tests {
             driver_state: Some(DriverState::Stalled),
             requested_size,
             plugged_size: 0,
+            node: 0,
             online_size: 0,
             pages_moved: 0,
             interrupts: 0,

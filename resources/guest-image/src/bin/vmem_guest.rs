@@ -42,11 +42,11 @@ fn main(boot: &'static BootInfo, vcpu: usize) {
 )]
 fn start(boot: &'static BootInfo) -> Guest<BarePlatform> {
     let platform = BarePlatform::new(boot);
-    let transport = match platform.transport() {
-        Ok(transport) => transport,
+    let transports = match platform.transports() {
+        Ok(transports) => transports,
         Err(error) => panic!("no memory device: {error}"),
     };
-    match Guest::boot(platform, transport, Parameters::from(boot)) {
+    match Guest::boot(platform, transports, Parameters::from(boot)) {
         Ok(guest) => guest,
         Err(error) => panic!("the memory device cannot be used: {error}"),
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use virtio_mem_driver::driver::{Policy, Strategy};
 use virtio_mem_driver::hotplug::{OnlineType, Profile};
 use virtio_mem_wire::{BlockMap, BlockRange};
-use vmem_guest::abi::{DriverState, Mailbox, command};
+use vmem_guest::abi::{DriverReport, DriverState, MAX_DEVICES, Mailbox, command};
 use vmem_guest::{Guest, Parameters, Platform};
 
 use crate::support::device::{Device, FakeTransport};
@@ -29,6 +29,7 @@ pub(crate) const PARAMETERS: Parameters = Parameters {
         auto_online: Some(OnlineType::Movable),
         ..Policy::linux()
     },
+    domains: [None; MAX_DEVICES],
 };
 
 /// Far more than anything here takes: only a guest that hangs gets there.
@@ -77,7 +78,7 @@ impl TestPlatform {
     }
 
     pub(crate) fn driver_state(&self) -> DriverState {
-        DriverState::from_value(self.mailbox.driver_state.load(Ordering::Acquire)).unwrap()
+        DriverState::from_value(self.mailbox.drivers[0].state.load(Ordering::Acquire)).unwrap()
     }
 
     fn wake(&self) {
@@ -99,7 +100,7 @@ impl Platform for &TestPlatform {
         &self.mailbox
     }
 
-    fn view(&self) -> &[AtomicU64] {
+    fn view(&self, _: usize) -> &[AtomicU64] {
         &self.view
     }
 
@@ -163,7 +164,7 @@ impl<'a> Host<'a> {
         let words = device.state().plugged.len().div_ceil(64) as usize;
         let platform = TestPlatform::new(device, words, clock_rate);
         let transport = FakeTransport(Arc::clone(device));
-        let guest = Guest::boot(&platform, transport, parameters).unwrap();
+        let guest = Guest::boot(&platform, vec![transport], parameters).unwrap();
         let host = Host {
             device,
             platform: &platform,
@@ -203,6 +204,11 @@ impl<'a> Host<'a> {
         &self.platform.mailbox
     }
 
+    /// What the driver says of itself.
+    pub(crate) fn driver(&self) -> &DriverReport {
+        &self.mailbox().drivers[0]
+    }
+
     /// Waits until `done`.
     pub(crate) fn until(&self, done: impl Fn() -> bool) {
         let start = Instant::now();
@@ -231,8 +237,8 @@ impl<'a> Host<'a> {
         self.device.request(size);
         self.until(|| {
             self.report() == DriverState::Settled
-                && self.mailbox().requested_size.load(Ordering::Relaxed) == size
-                && self.mailbox().plugged_size.load(Ordering::Relaxed) == size
+                && self.driver().requested_size.load(Ordering::Relaxed) == size
+                && self.driver().plugged_size.load(Ordering::Relaxed) == size
         });
     }
 

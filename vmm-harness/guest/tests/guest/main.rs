@@ -34,8 +34,8 @@ fn memory_is_resized_under_working_vcpus_and_no_page_is_lost() {
             // The view is the device's map.
             assert_eq!(host.view(), host.device.state().plugged);
             let mailbox = host.mailbox();
-            assert_eq!(mailbox.plugged_size.load(Ordering::Relaxed), target);
-            assert_eq!(mailbox.online_size.load(Ordering::Relaxed), target);
+            assert_eq!(host.driver().plugged_size.load(Ordering::Relaxed), target);
+            assert_eq!(host.driver().online_size.load(Ordering::Relaxed), target);
             moved = mailbox.pages_moved.load(Ordering::Relaxed);
             if target > 0 {
                 // Everybody finds work, however little memory there is.
@@ -53,7 +53,7 @@ fn report_is_never_older_than_an_interrupt_before_it() {
         for blocks in (1..200).map(|step| step % 7) {
             host.device.request(blocks * 2 * MIB);
             let state = host.report();
-            let requested_size = host.mailbox().requested_size.load(Ordering::Relaxed);
+            let requested_size = host.driver().requested_size.load(Ordering::Relaxed);
             assert!(state != DriverState::Settled || requested_size == blocks * 2 * MIB);
         }
     });
@@ -122,7 +122,7 @@ fn busy_device_is_asked_again() {
     }
     Host::run(&device, PARAMETERS, |host| {
         host.resize(64 * MIB);
-        assert_eq!(host.mailbox().requests.load(Ordering::Relaxed), 4);
+        assert_eq!(host.driver().requests.load(Ordering::Relaxed), 4);
     });
 }
 
@@ -172,7 +172,7 @@ fn busy_device_is_asked_again_after_linuxs_delay() {
     Host::run_with_clock(&device, parameters, 1000, |host| {
         host.resize(256 * MIB);
         // One in each memory block.
-        assert_eq!(host.mailbox().requests.load(Ordering::Relaxed), 3);
+        assert_eq!(host.driver().requests.load(Ordering::Relaxed), 3);
     });
 }
 
@@ -216,7 +216,7 @@ fn guest_that_cannot_start_says_why() {
     let boot = |parameters, view_words| {
         let platform = TestPlatform::new(&device, view_words, 1);
         let transport = FakeTransport(Arc::clone(&device));
-        let error = Guest::boot(&platform, transport, parameters).unwrap_err();
+        let error = Guest::boot(&platform, vec![transport], parameters).unwrap_err();
         assert_eq!(platform.message(), error.to_string());
         assert_eq!(platform.driver_state(), DriverState::Failed);
         error
