@@ -1,10 +1,6 @@
 //! Stress runs, short ones: every pattern, workload and fault, on KVM and in this process. Each is a process of its own:
 //! what it holds, which a run checks, is then nobody else's.
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[expect(dead_code, reason = "a stress run makes its own devices")]
 mod common;

@@ -421,7 +421,7 @@ pub(crate) mod tests {
             );
             pinned += worker.unmovable.iter().filter(|page| page.pinned).count();
             kernels += worker.unmovable.iter().filter(|page| !page.pinned).count();
-            let start = slice % 8 << 14;
+            let start = (slice % 8) << 14;
             let mut hotplug = hotplug.lock(|| ());
             match hotplug.fake_offline(start, 1 << 14) {
                 Ok(()) => hotplug.fake_online(start, 1 << 14).unwrap(),

@@ -173,7 +173,7 @@ pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
     let began = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
     let mut show = Show::new(options.limit);
     let run = stress::run(&options, &interrupted, &mut |progress| {
-        show.progress(progress)
+        show.progress(progress);
     })?;
     show.bar.finish_and_clear();
     let command = command_line(env::args(), options.guest.seed);
@@ -280,7 +280,7 @@ impl Show {
             if elapsed >= self.next_line {
                 self.next_line = elapsed + LINE_INTERVAL;
                 // Nobody is left to tell if standard error is gone.
-                let _ = writeln!(io::stderr(), "{:>6.0} s: {line}", seconds);
+                let _ = writeln!(io::stderr(), "{seconds:>6.0} s: {line}");
             }
             return;
         }

@@ -23,20 +23,34 @@ const MEMORY: [Series; 4] = [
     ("resident", "resident on the host", |sample| sample.resident),
 ];
 
-/// What goes with what time: class, title, unit and running total.
-const RATES: [(&str, &str, &str, fn(&Sample) -> u64); 3] = [
-    (
-        "moved",
-        "Blocks plugged and unplugged",
-        "blocks/s",
-        |sample| sample.blocks_plugged + sample.blocks_unplugged,
-    ),
-    ("verified", "Pages verified", "pages/s", |sample| {
-        sample.pages_verified
-    }),
-    ("resizes", "Sizes asked for", "resizes/s", |sample| {
-        sample.resizes
-    }),
+/// Something that goes on all the time.
+struct Rate {
+    class: &'static str,
+    title: &'static str,
+    unit: &'static str,
+    /// Its running total.
+    total: fn(&Sample) -> u64,
+}
+
+const RATES: [Rate; 3] = [
+    Rate {
+        class: "moved",
+        title: "Blocks plugged and unplugged",
+        unit: "blocks/s",
+        total: |sample| sample.blocks_plugged + sample.blocks_unplugged,
+    },
+    Rate {
+        class: "verified",
+        title: "Pages verified",
+        unit: "pages/s",
+        total: |sample| sample.pages_verified,
+    },
+    Rate {
+        class: "resizes",
+        title: "Sizes asked for",
+        unit: "resizes/s",
+        total: |sample| sample.resizes,
+    },
 ];
 
 fn figure(id: &str, title: &str, legend: &[(&str, &str)], chart: Chart) -> String {
@@ -186,21 +200,13 @@ fn rate(vms: &[Vm], seconds: f64, value: impl Fn(&Sample) -> u64) -> Vec<(f64, f
         .collect()
 }
 
-fn throughput(
-    vms: &[Vm],
-    seconds: f64,
-    (class, name, unit, value): &(&str, &str, &str, fn(&Sample) -> u64),
-) -> String {
-    let points = rate(vms, seconds, value);
+fn throughput(vms: &[Vm], seconds: f64, plotted: &Rate) -> String {
+    let points = rate(vms, seconds, plotted.total);
     let most = points.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
-    let mut chart = Chart::new(
-        name,
-        Axis::time(seconds),
-        Axis::count(unit, most),
-        (WIDTH, 170.0),
-    );
-    chart.line(class, points.into_iter());
-    figure(&format!("rate-{class}"), name, &[], chart)
+    let (title, y) = (plotted.title, Axis::count(plotted.unit, most));
+    let mut chart = Chart::new(title, Axis::time(seconds), y, (WIDTH, 170.0));
+    chart.line(plotted.class, points.into_iter());
+    figure(&format!("rate-{}", plotted.class), title, &[], chart)
 }
 
 /// All guests together, and what they may have.
@@ -215,8 +221,14 @@ fn budget(recording: &Recording) -> String {
             (time(bin), total)
         })
     };
-    let most = sum(|sample| sample.requested.max(sample.plugged)).map(|(_, y)| y as u64);
-    let most = most.max().unwrap_or(0).max(recording.run.budget);
+    let most = |vm: &Vm| {
+        let sizes = vm.samples.iter().map(|s| s.requested.max(s.plugged));
+        sizes.max().unwrap_or(0)
+    };
+    let most = match recording.run.budget {
+        0 => vms.iter().map(most).sum(),
+        budget => budget,
+    };
     let name = "Memory of all guests";
     let mut chart = Chart::new(
         name,
@@ -248,7 +260,7 @@ fn latencies(latency: &Latency) -> String {
     // Bucket i ends at 2^i ns.
     let log10 = |bucket: f64| bucket * 2f64.log10();
     let first = filled().next().map_or(0, |(bucket, _)| bucket);
-    let last = filled().last().map_or(1, |(bucket, _)| bucket);
+    let last = filled().next_back().map_or(1, |(bucket, _)| bucket);
     let min = log10(first as f64 - 1.0).max(0.0).floor() as i32;
     let max = log10(last as f64).ceil() as i32;
     let most = filled().map(|(_, count)| *count).max().unwrap_or(1);
@@ -292,8 +304,13 @@ fn duration(us: f64) -> String {
 
 /// 10^`ten` ns.
 fn time_text(ten: i32) -> String {
-    let unit = ["ns", "µs", "ms", "s"][(ten / 3).clamp(0, 3) as usize];
-    format!("{} {unit}", 10f64.powi(ten - (ten / 3).clamp(0, 3) * 3))
+    let (unit, of) = match ten {
+        ..3 => ("ns", 0),
+        3..6 => ("µs", 3),
+        6..9 => ("ms", 6),
+        9.. => ("s", 9),
+    };
+    format!("{} {unit}", 10f64.powi(ten - of))
 }
 
 #[cfg(test)]

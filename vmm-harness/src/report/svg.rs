@@ -12,6 +12,7 @@ const BOTTOM: f64 = 40.0;
 
 /// About how many marks an axis has.
 const MARKS: f64 = 6.0;
+const BYTE_MARKS: u64 = 6;
 
 /// One direction of a chart: what is where, and what is written there.
 #[derive(Clone, Debug)]
@@ -31,14 +32,32 @@ impl Axis {
         let power = 10f64.powf(raw.log10().floor());
         let step = [1.0, 2.0, 5.0].map(|digit| digit * power);
         let step = step.into_iter().find(|step| *step >= raw);
-        Self::linear(title, max, step.unwrap_or(10.0 * power), number)
+        let step = step.unwrap_or(10.0 * power);
+        // The last one is there although fractions are not exact.
+        let within = |value: &f64| *value <= max * (1.0 + 1e-9);
+        let marks = (0..).map(|mark: u32| f64::from(mark) * step);
+        Self {
+            title: title.to_owned(),
+            min: 0.0,
+            max,
+            marks: marks
+                .take_while(within)
+                .map(|value| (value, number(value)))
+                .collect(),
+        }
     }
 
     /// Bytes from 0 to `max`.
     pub(super) fn bytes(title: &str, max: u64) -> Self {
-        let max = (max as f64).max(1.0);
-        let step = 2f64.powf((max / MARKS).log2().ceil()).max(1.0);
-        Self::linear(title, max, step, |bytes| size(bytes as u64))
+        let max = max.max(1);
+        let step = max.div_ceil(BYTE_MARKS).next_power_of_two();
+        let marks = (0..=max / step).map(|mark| mark * step);
+        Self {
+            title: title.to_owned(),
+            min: 0.0,
+            max: max as f64,
+            marks: marks.map(|bytes| (bytes as f64, size(bytes))).collect(),
+        }
     }
 
     /// Time from 0 to `seconds`.
@@ -51,17 +70,6 @@ impl Axis {
                 axis.marks.iter_mut().for_each(|(at, _)| *at *= 60.0);
                 axis
             }
-        }
-    }
-
-    fn linear(title: &str, max: f64, step: f64, text: impl Fn(f64) -> String) -> Self {
-        let count = (max / step * (1.0 + 1e-9)).floor() as u32;
-        let at = |mark| f64::from(mark) * step;
-        Self {
-            title: title.to_owned(),
-            min: 0.0,
-            max,
-            marks: (0..=count).map(|mark| (at(mark), text(at(mark)))).collect(),
         }
     }
 
