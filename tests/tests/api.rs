@@ -941,6 +941,10 @@ fn devices_are_resized_frozen_and_saved_each_on_its_own_and_their_nodes_are_told
         let freeze = rig.json("PUT", "/hotplug/memory/freeze", &Value::Null);
         assert_eq!(freeze.0, 204);
         let restored = Rig::with_two(guest, 64);
+        let mut damaged = rig.get("/hotplug/memory/mem1/state");
+        damaged["plugged_size"] = json!(2 * MIB);
+        let (status, fault) = restored.json("PUT", "/hotplug/memory/mem1/state", &damaged);
+        assert_eq!(status, 400, "{fault}");
         for (id, state) in [("mem1", "Not started"), ("mem0", "Running")] {
             let path = format!("/hotplug/memory/{id}/state");
             assert_eq!(restored.json("PUT", &path, &rig.get(&path)).0, 204);

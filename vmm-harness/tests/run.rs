@@ -265,6 +265,10 @@ fn devices_are_named_on_the_command_line() {
     for line in ["device     mem1\n", "256 MiB online on node 1"] {
         assert!(stdout.contains(line), "{stdout}");
     }
+    let (_, all, _) = output(&["status", "--api-sock", api[3]]);
+    let heads = all.lines().filter(|line| line.starts_with("device"));
+    let heads: Vec<_> = heads.collect();
+    assert_eq!(heads, ["device     mem0", "device     mem1"]);
     assert_eq!(run(&["freeze"]).0, 0);
     assert_eq!(
         status(socket.to_str().unwrap())["frozen"],

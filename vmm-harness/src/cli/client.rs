@@ -1,7 +1,7 @@
 //! The commands that are clients of the control API.
 
 use std::fs;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal, StdoutLock, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -23,13 +23,14 @@ vmem resize [OPTIONS] <SIZE>
        vmem resize <SOCKET> [SIZE]";
 
 pub(crate) const RESIZE_HELP: &str = "\
-A guest of vmem run is named by --api-sock. One of vmem linux is named by the socket its prompt has named, which is
-told from a size by its slash; without a size its sizes are printed. A deadline that passes ends the waiting only: the
-size stays requested.
+A guest of vmem run is named by --api-sock, and one of several memory devices by --device. One of vmem linux is named by
+the socket its prompt has named, which is told from a size by its slash; without a size its sizes are printed. A deadline
+that passes ends the waiting only: the size stays requested.
 
 Examples:
   vmem resize 2G --api-sock vm.sock
   vmem resize 512M --api-sock vm.sock --wait --deadline 30s
+  vmem resize 1G --device mem1 --api-sock vm.sock
   vmem resize /tmp/vmem-linux.sock 1G
 
 Exit codes:
@@ -41,7 +42,7 @@ Exit codes:
 pub(crate) const HELP: &str = "\
 Examples:
   vmem status --api-sock vm.sock
-  VMEM_API_SOCK=vm.sock vmem status --json
+  VMEM_API_SOCK=vm.sock vmem status --json --device mem1
 
 Exit codes:
   0  done
@@ -196,14 +197,31 @@ fn resize_running(args: &ResizeArgs, size: u64) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// One device in JSON, the first if none is named; in words all of them.
 pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
-    let status = args.api.request(Method::GET, &args.api.memory(""), None)?;
+    let get = |path: &str| args.api.request(Method::GET, path, None);
     let mut out = io::stdout().lock();
     if args.json {
-        serde_json::to_writer_pretty(&mut out, &status)?;
+        serde_json::to_writer_pretty(&mut out, &get(&args.api.memory(""))?)?;
         writeln!(out)?;
         return Ok(ExitCode::SUCCESS);
     }
+    if args.api.device.is_some() {
+        write_status(&mut out, &get(&args.api.memory(""))?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let devices = get("/")?["devices"].take();
+    let ids = devices.as_array().into_iter().flatten();
+    for (index, id) in ids.filter_map(Value::as_str).enumerate() {
+        if index > 0 {
+            writeln!(out)?;
+        }
+        write_status(&mut out, &get(&format!("/hotplug/memory/{id}"))?)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write_status(out: &mut StdoutLock<'_>, status: &Value) -> io::Result<()> {
     let colours = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let paint = |text: &str, colour: AnsiColor| match colours {
         true => {
@@ -248,7 +266,7 @@ pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
             guest["pages_held"], guest["pages_verified"], guest["pages_wrong"]
         )?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 pub(crate) fn freeze(api: &Api) -> anyhow::Result<ExitCode> {

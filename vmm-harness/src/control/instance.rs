@@ -287,7 +287,7 @@ impl Instance {
         }
     }
 
-    /// Changes options of a device of a guest that is not started.
+    /// Changes options of a device of a guest that is not started, which takes back a state it was given.
     ///
     /// # Errors
     ///
@@ -303,6 +303,8 @@ impl Instance {
         change(&mut changed.devices_mut()[index]);
         changed.with_each()?;
         phase.options = changed;
+        // It was of a device as it was.
+        phase.states[index] = None;
         Ok(())
     }
 
@@ -329,6 +331,10 @@ impl Instance {
     pub fn restore(&self, id: &str, state: State) -> Result<(), InstanceError> {
         let mut phase = self.write();
         let (given, index) = not_started(&mut phase, id)?;
+        // What is wrong with it is for who gives it to know, and at once.
+        let (_, device) = given.options.with_each()?[index].machine()?;
+        let device = device.restore(state.clone()).build();
+        drop(device.map_err(StartError::from)?);
         let mut with_state = given.clone();
         with_state.states[index] = Some(state);
         if with_state.states.iter().any(Option::is_none) {
