@@ -37,6 +37,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 thread_local! {
     static VCPU: Cell<usize> = const { Cell::new(usize::MAX) };
+    /// The wake-up its vCPU has last returned from waiting for.
+    static SEEN: Cell<u64> = const { Cell::new(0) };
 }
 
 /// How many vCPUs sleep; changes are announced, and so is everything a sleeper may wait for.
@@ -44,6 +46,17 @@ thread_local! {
 struct Sleepers {
     count: Mutex<usize>,
     wake: Condvar,
+    /// Changed with `count` locked.
+    wakes: AtomicU64,
+}
+
+impl Sleepers {
+    /// As the harness does: each vCPU returns once for each of these, also for one that came before it waited.
+    fn wake(&self) {
+        let _count = self.count.lock().unwrap();
+        self.wakes.fetch_add(1, Ordering::Relaxed);
+        self.wake.notify_all();
+    }
 }
 
 pub(crate) struct TestPlatform {
@@ -82,8 +95,7 @@ impl TestPlatform {
     }
 
     fn wake(&self) {
-        let _count = self.sleepers.count.lock().unwrap();
-        self.sleepers.wake.notify_all();
+        self.sleepers.wake();
     }
 }
 
@@ -117,6 +129,8 @@ impl Platform for &TestPlatform {
                 || mailbox.command.load(Ordering::Acquire) != 0
                 || mailbox.report_request.load(Ordering::Acquire)
                     != mailbox.report_done.load(Ordering::Acquire);
+            let wakes = self.sleepers.wakes.load(Ordering::Relaxed);
+            let pending = pending || SEEN.get() != wakes;
             let rest = deadline_ms.map(|deadline| deadline.saturating_sub(self.now_ms()));
             if pending || rest == Some(0) {
                 break;
@@ -126,6 +140,7 @@ impl Platform for &TestPlatform {
             let rest = ours.map_or(PATIENCE, |rest| Duration::from_millis(rest + 1));
             count = self.sleepers.wake.wait_timeout(count, rest).unwrap().0;
         }
+        SEEN.set(self.sleepers.wakes.load(Ordering::Relaxed));
         *count -= 1;
     }
 
@@ -174,8 +189,7 @@ impl<'a> Host<'a> {
         let mailbox = Arc::clone(&platform.mailbox);
         device.state().interrupt_line = Some(Box::new(move || {
             mailbox.interrupt.store(1, Ordering::Release);
-            let _count = sleepers.count.lock().unwrap();
-            sleepers.wake.notify_all();
+            sleepers.wake();
         }));
         let result = thread::scope(|scope| {
             for vcpu in 0..parameters.vcpu_count {
