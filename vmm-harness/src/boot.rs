@@ -53,6 +53,7 @@ pub(crate) struct GuestParameters {
     pub(crate) seed: u64,
     pub(crate) worker_pages: u64,
     pub(crate) policy: Policy,
+    pub(crate) mixed_zones: bool,
     /// The proximity domain each device names.
     pub(crate) domains: Vec<Option<u16>>,
 }
@@ -94,6 +95,10 @@ pub(crate) fn write_boot_info(
         Strategy::Direct => 0,
     };
     let big_block = if force_bbm { driver::BIG_BLOCK } else { 0 };
+    let mixed_zones = match parameters.mixed_zones {
+        true => driver::MIXED_ZONES,
+        false => 0,
+    };
     let mut devices = [DeviceInfo::NONE; MAX_DEVICES];
     let known = layout.views.iter().zip(&parameters.domains);
     for (index, ((view, domain), device)) in (0..).zip(known.zip(&mut devices)) {
@@ -114,7 +119,7 @@ pub(crate) fn write_boot_info(
         vcpu_count: layout.vcpu_count as u64,
         seed: parameters.seed,
         worker_pages: parameters.worker_pages,
-        driver: linux | big_block,
+        driver: linux | big_block | mixed_zones,
         bbm_block_size,
         device_count: layout.views.len() as u64,
         devices,

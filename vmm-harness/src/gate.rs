@@ -22,6 +22,8 @@ struct State {
     admitted: Admitted,
     /// The thread of each vCPU that is inside.
     inside: Vec<Option<RunningThread>>,
+    /// vCPUs that wait, as if the host had no time for them.
+    held: Vec<bool>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +46,7 @@ impl Gate {
             state: Mutex::new(State {
                 admitted: Admitted::All,
                 inside: vec![None; vcpu_count],
+                held: vec![false; vcpu_count],
             }),
             changed: Condvar::new(),
         }
@@ -56,11 +59,31 @@ impl Gate {
             match state.admitted {
                 Admitted::None => return None,
                 Admitted::Only(other) if other != vcpu => state = self.wait(state),
+                Admitted::All if state.held[vcpu] => state = self.wait(state),
                 Admitted::All | Admitted::Only(_) => break,
             }
         }
         state.inside[vcpu] = Some(RunningThread::current());
         Some(Inside { gate: self, vcpu })
+    }
+
+    /// Brings `vcpu` out and keeps it out until it is [released](Self::release), but not from what only it is to do
+    /// ([`isolate`](Self::isolate)); `false` if there is no such vCPU.
+    pub(crate) fn hold(&self, vcpu: usize) -> bool {
+        let mut state = self.lock();
+        let Some(held) = state.held.get_mut(vcpu) else {
+            return false;
+        };
+        *held = true;
+        state.inside[vcpu].iter().for_each(RunningThread::kick);
+        true
+    }
+
+    pub(crate) fn release(&self, vcpu: usize) {
+        if let Some(held) = self.lock().held.get_mut(vcpu) {
+            *held = false;
+        }
+        self.changed.notify_all();
     }
 
     /// Admits nobody any more and brings out who is inside.

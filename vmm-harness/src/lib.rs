@@ -19,7 +19,10 @@
 //! | HTTP on a Unix socket, both ends | [`api`] |
 //! | what `vmem run` keeps alive | [`run`] |
 //! | what `vmem watch` shows | [`watch`] |
+//! | what can be made to go wrong | [`faults`] |
 //! | what `vmem serve` does | [`serve`] |
+//! | what `vmem stress` does and checks | [`stress`] |
+//! | the page it leaves behind | [`report`] |
 //! | what `vmem replay` does and compares | [`replay`] |
 //! | what `vmem linux` boots, tries and checks | [`linux`] |
 //!
@@ -51,6 +54,7 @@ mod bus;
 pub mod control;
 pub mod demo;
 mod events;
+pub mod faults;
 mod gate;
 pub mod in_process;
 mod kick;
@@ -62,12 +66,14 @@ mod mailbox;
 mod outcome;
 mod port;
 pub mod replay;
+pub mod report;
 pub mod run;
 pub mod serve;
 mod signals;
 mod size;
 pub mod slots;
 mod socket;
+pub mod stress;
 pub mod transport;
 mod vcpu;
 pub mod vfio_user;
@@ -86,7 +92,7 @@ pub use size::{Size, parse_size};
 pub use transport::{InterruptCounts, InterruptLine, MmioTransport};
 pub use vcpu::ExitCounts;
 pub use vm::VmError;
-pub use vmem_guest::abi::{DriverState, Shortfall};
+pub use vmem_guest::abi::{DriverState, Shortfall, Workload};
 
 /// Memory the guest has from the start.
 pub type BootMemory = vm_memory::GuestMemoryMmap<()>;

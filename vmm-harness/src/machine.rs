@@ -5,16 +5,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use virtio_mem::{BuildError, Builder, Handle, KvmSlots, VirtioMem};
+use virtio_mem::{BuildError, Builder, Handle, KvmSlots, NoSlots, VirtioMem};
 use virtio_mem_driver::driver::Policy;
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{GuestAddress, GuestMemoryError};
-use vmem_guest::abi::{DriverState, command};
+use vmem_guest::abi::{DriverState, Workload, command};
 
 use crate::backend::{Backend, KvmError, kvm_module, open_kvm};
 use crate::boot::{self, BootError, GuestParameters};
 use crate::bus::Bus;
 use crate::events::{EventLoop, EventLoopError};
+use crate::faults::Faults;
 use crate::in_process::{self, InProcess, InProcessError};
 use crate::layout::{IMAGE_START, Layout, LayoutError};
 use crate::lifecycle::{Lifecycle, NotDone};
@@ -52,8 +53,13 @@ pub struct MachineConfig {
     pub seed: u64,
     /// Most pages one worker of the guest keeps allocated.
     pub worker_pages: u64,
-    /// Strategy and big blocks of the guest's driver. Added memory always goes to zone Movable.
+    /// What the workers do with their memory.
+    pub workload: Workload,
+    /// Strategy and big blocks of the guest's driver. Added memory goes to zone Movable, unless some of it cannot be
+    /// moved by its [`workload`](Self::workload): then some goes to a kernel zone.
     pub policy: Policy,
+    /// What goes wrong with its slots. With its memory, who makes the device sees to that.
+    pub faults: Faults,
     /// The program, a static ELF file linked to [`IMAGE_START`]. Used on KVM only: in this process the guest
     /// program is part of it.
     pub image: &'static [u8],
@@ -67,7 +73,9 @@ impl Default for MachineConfig {
             guest: GuestKind::Auto,
             seed: 0,
             worker_pages: 1024,
+            workload: Workload::Alloc,
             policy: Policy::default(),
+            faults: Faults::default(),
             image: GUEST_IMAGE,
         }
     }
@@ -152,7 +160,7 @@ pub struct Machine {
 
 #[derive(Debug)]
 enum RunningGuest {
-    Kvm(RunningVm),
+    Kvm(RunningVm, Vec<RevocableSlots>),
     InProcess(InProcess),
 }
 
@@ -199,7 +207,8 @@ impl Machine {
                 for device in devices {
                     let kvm = KvmSlots::new(Arc::clone(vm.fd()), first_slot);
                     let revocable = RevocableSlots::new(kvm);
-                    let device = device.slots(revocable.clone()).build()?;
+                    let faulty = config.faults.slots(revocable.clone());
+                    let device = device.slots(faulty).build()?;
                     // No more than KVM has, or it would not have been built.
                     let count = u32::try_from(device.max_slot_count()).unwrap_or(u32::MAX);
                     first_slot = first_slot.saturating_add(count);
@@ -209,19 +218,23 @@ impl Machine {
                 let parts = Parts::new(config, memory, built, loaded.end)?;
                 boot::build_page_tables(&parts.memory, &parts.layout)?;
                 boot::write_boot_info(&parts.memory, &parts.layout, &parts.parameters)?;
+                let revoked = slots.clone();
                 let vm_parts = VmParts {
                     bus: Arc::clone(&parts.bus),
                     lifecycle: Arc::clone(&parts.lifecycle),
                     mailbox: parts.mailbox.clone(),
                     revoke_slots: Arc::new(move || {
-                        slots.iter().try_for_each(RevocableSlots::revoke)
+                        revoked.iter().try_for_each(RevocableSlots::revoke)
                     }),
                 };
                 let running = vm.start(&vm_parts, &parts.layout, loaded.entry)?;
-                Ok(parts.into_machine(backend, RunningGuest::Kvm(running)))
+                Ok(parts.into_machine(backend, RunningGuest::Kvm(running, slots)))
             }
             None => {
-                let built = devices.into_iter().map(Builder::build);
+                let slots = || config.faults.slots(NoSlots);
+                let built = devices
+                    .into_iter()
+                    .map(|device| device.slots(slots()).build());
                 let built = built.collect::<Result<_, _>>()?;
                 let parts = Parts::new(config, memory, built, IMAGE_START)?;
                 let info = boot::write_boot_info(&parts.memory, &parts.layout, &parts.parameters)?;
@@ -375,8 +388,33 @@ impl Machine {
     #[must_use]
     pub fn exits(&self) -> Option<ExitCounts> {
         match &self.guest {
-            RunningGuest::Kvm(vm) => Some(vm.exits()),
+            RunningGuest::Kvm(vm, _) => Some(vm.exits()),
             RunningGuest::InProcess(_) => None,
+        }
+    }
+
+    /// KVM memory slots all devices have now; `None` without KVM.
+    #[must_use]
+    pub fn slots(&self) -> Option<u64> {
+        match &self.guest {
+            RunningGuest::Kvm(_, slots) => Some(slots.iter().map(RevocableSlots::count).sum()),
+            RunningGuest::InProcess(_) => None,
+        }
+    }
+
+    /// Keeps `vcpu` from running guest code until [`release`](Self::release); `false` in this process, where that cannot
+    /// be done.
+    pub fn hold(&self, vcpu: usize) -> bool {
+        match &self.guest {
+            RunningGuest::Kvm(vm, _) => vm.hold(vcpu),
+            RunningGuest::InProcess(_) => false,
+        }
+    }
+
+    /// Ends [`hold`](Self::hold).
+    pub fn release(&self, vcpu: usize) {
+        if let RunningGuest::Kvm(vm, _) = &self.guest {
+            vm.release(vcpu);
         }
     }
 
@@ -421,7 +459,7 @@ impl Machine {
             self.lifecycle.finish(Outcome::Stopped);
         }
         match &mut self.guest {
-            RunningGuest::Kvm(vm) => {
+            RunningGuest::Kvm(vm, _) => {
                 vm.halt();
                 vm.join();
             }
@@ -481,6 +519,8 @@ impl Parts {
         )?;
         let domains = devices.iter().map(VirtioMem::node_id).collect();
         let mailbox = SharedMailbox::new(&memory, &layout)?;
+        let workload = config.workload as u32;
+        mailbox.workload.store(workload, Ordering::Relaxed);
         let port = Arc::new(Port::new(mailbox.clone()));
         let events = EventLoop::start()?;
         let transport = |device| {
@@ -502,6 +542,7 @@ impl Parts {
                 seed: config.seed,
                 worker_pages: config.worker_pages,
                 policy: config.policy,
+                mixed_zones: config.workload != Workload::Alloc,
                 domains,
             },
             mailbox,
@@ -587,11 +628,14 @@ mod tests {
             bus: Arc::clone(&parts.bus),
             lifecycle: Arc::clone(&parts.lifecycle),
             mailbox: parts.mailbox.clone(),
-            revoke_slots: Arc::new(move || slots.revoke()),
+            revoke_slots: Arc::new({
+                let slots = slots.clone();
+                move || slots.revoke()
+            }),
         };
         let running = vm.start(&vm_parts, &parts.layout, loaded.entry).unwrap();
         let backend = Backend::Kvm { module: None };
-        Some(parts.into_machine(backend, RunningGuest::Kvm(running)))
+        Some(parts.into_machine(backend, RunningGuest::Kvm(running, vec![slots])))
     }
 
     #[test]

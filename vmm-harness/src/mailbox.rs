@@ -144,6 +144,8 @@ pub struct WorkerReport {
     pub pages_wrong: u64,
     /// Pages held now.
     pub pages_held: u64,
+    /// Of these, pages that cannot be moved.
+    pub pages_unmovable: u64,
     /// Slices of work done.
     pub slices: u64,
 }
@@ -184,6 +186,7 @@ impl SharedMailbox {
                     pages_verified: load(&worker.pages_verified),
                     pages_wrong: load(&worker.pages_wrong),
                     pages_held: load(&worker.pages_held),
+                    pages_unmovable: load(&worker.pages_unmovable),
                     slices: load(&worker.slices),
                 })
                 .collect(),

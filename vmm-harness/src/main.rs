@@ -11,7 +11,7 @@ use vmm_harness::run::RunError;
 use vmm_harness::serve::ServeError;
 use vmm_harness::watch::WatchError;
 
-use crate::cli::{client, demo, linux, replay, run, serve, watch};
+use crate::cli::{client, demo, linux, replay, run, serve, stress, watch};
 
 /// Resizes the memory of a running guest through a virtio memory device.
 #[derive(Parser)]
@@ -65,6 +65,9 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Resizes working guests all the time, with faults if asked for, and checks them all the time.
+    #[command(after_help = stress::HELP)]
+    Stress(stress::StressArgs),
     /// Serves a memory device to VMMs that speak vfio-user, and resizes it as told on standard input.
     #[command(after_help = serve::HELP)]
     Serve(serve::ServeArgs),
@@ -96,6 +99,7 @@ fn main() -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "vmem", &mut io::stdout());
             Ok(ExitCode::SUCCESS)
         }
+        Some(Command::Stress(args)) => stress::run(&args),
         Some(Command::Serve(args)) => serve::run(args),
         None => demo::run(&cli.demo),
     };

@@ -37,6 +37,12 @@ impl RevocableSlots {
         slots.values().try_for_each(|slot| self.kvm.unmap(slot))
     }
 
+    /// Number of slots there are now.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.lock().as_ref().map_or(0, |mapped| mapped.len() as u64)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<BTreeMap<u32, Slot>>> {
         self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -219,6 +219,14 @@ impl RunningVm {
         }
     }
 
+    pub(crate) fn hold(&self, vcpu: usize) -> bool {
+        self.gate.hold(vcpu)
+    }
+
+    pub(crate) fn release(&self, vcpu: usize) {
+        self.gate.release(vcpu);
+    }
+
     pub(crate) fn exits(&self) -> ExitCounts {
         self.exits.snapshot()
     }

@@ -77,6 +77,8 @@ pub mod driver {
     pub const LINUX: u64 = 1 << 0;
     /// Big-Block Mode: asked for even where Sub-Block Mode is possible.
     pub const BIG_BLOCK: u64 = 1 << 1;
+    /// Only asked for: added memory goes to kernel zones as well, by Linux's policy `auto-movable`.
+    pub const MIXED_ZONES: u64 = 1 << 2;
 }
 
 /// The maps at [`BootInfo::view`], one after the other, each with the same number of words.
@@ -114,6 +116,41 @@ pub mod command {
     pub const STOP: u32 = 1 << 0;
     /// The last vCPU reads and writes [`Mailbox::rogue_address`](super::Mailbox::rogue_address), once.
     pub const ROGUE: u32 = 1 << 1;
+}
+
+/// What the workers do with memory. Values of [`Mailbox::workload`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Workload {
+    /// They allocate pages, fill them, read them back and free them. All can be moved.
+    #[default]
+    Alloc = 0,
+    /// As well, many pages cannot be moved for a while: they are pinned, or were allocated for a kernel's own use.
+    Pin = 1,
+    /// As [`Pin`](Self::Pin), but few pages.
+    Mixed = 2,
+}
+
+impl Workload {
+    /// The workload with this value; what is none is [`Alloc`](Self::Alloc).
+    #[must_use]
+    pub const fn from_value(value: u32) -> Self {
+        match value {
+            1 => Self::Pin,
+            2 => Self::Mixed,
+            _ => Self::Alloc,
+        }
+    }
+
+    /// Of how many pages written one cannot be moved; `None` if all can.
+    #[must_use]
+    pub const fn unmovable_one_in(self) -> Option<usize> {
+        match self {
+            Self::Alloc => None,
+            Self::Pin => Some(8),
+            Self::Mixed => Some(64),
+        }
+    }
 }
 
 /// What the driver makes of the device's target. Values of [`DriverReport::state`].
@@ -245,6 +282,8 @@ pub struct WorkerCounters {
     pub pages_wrong: AtomicU64,
     /// Pages held now.
     pub pages_held: AtomicU64,
+    /// Of these, pages that cannot be moved.
+    pub pages_unmovable: AtomicU64,
     /// Slices of work done, to see that the worker runs.
     pub slices: AtomicU64,
 }
@@ -261,6 +300,8 @@ pub struct Mailbox {
     pub interrupt: AtomicU32,
     /// Host: bits of [`command`].
     pub command: AtomicU32,
+    /// Host: a [`Workload`], at any time.
+    pub workload: AtomicU32,
     /// Host: where a [`command::ROGUE`] guest reaches to.
     pub rogue_address: AtomicU64,
     /// Host: raised by one to ask for a report.

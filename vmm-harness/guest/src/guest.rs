@@ -11,18 +11,18 @@ use virtio_drivers::transport::Transport;
 use virtio_mem_driver::driver::{
     MemDriver, Mode, Policy, ProbeError, Progress, Stall, Strategy, Unreachable, UnreachableReason,
 };
-use virtio_mem_driver::hotplug::{self, Boot, Config, Hotplug, OnlineType, Profile};
+use virtio_mem_driver::hotplug::{self, Boot, Config, Hotplug, OnlinePolicy, OnlineType, Profile};
 use virtio_mem_wire::{BlockMap, BlockRange, BlockState};
 
 use crate::abi::{
-    self, BootInfo, DriverReport, DriverState, MAX_DEVICES, MAX_VCPUS, Mailbox, Shortfall, command,
-    map,
+    self, BootInfo, DriverReport, DriverState, MAX_DEVICES, MAX_VCPUS, Mailbox, Shortfall,
+    Workload, command,
 };
 use crate::block_use;
 use crate::lock::SpinLock;
 use crate::message::write_message;
 use crate::platform::Platform;
-use crate::worker::Worker;
+use crate::worker::{Allowance, Worker};
 
 /// What the guest program can be told.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +37,8 @@ pub struct Parameters {
     pub profile: Profile,
     /// What the driver may choose.
     pub policy: Policy,
+    /// Whether added memory goes to kernel zones as well as to Movable.
+    pub mixed_zones: bool,
     /// The proximity domain of each memory device that is in one.
     pub domains: [Option<u32>; MAX_DEVICES],
 }
@@ -50,6 +52,7 @@ impl From<&BootInfo> for Parameters {
             seed: boot.seed,
             profile: Profile::X86_64,
             policy: policy(boot),
+            mixed_zones: boot.driver & abi::driver::MIXED_ZONES != 0,
             domains: boot.devices.map(|device| device.domain.try_into().ok()),
         }
     }
@@ -107,6 +110,8 @@ pub struct Guest<P: Platform> {
     converging: AtomicBool,
     /// Bytes of memory there will be for sure, which the workers keep to.
     lasting_size: AtomicU64,
+    /// Whether memory is to go: nobody is to keep it in its place.
+    shrinking: AtomicBool,
 }
 
 /// The driver of one memory device.
@@ -146,6 +151,7 @@ impl<P: Platform> Guest<P> {
                 drivers: SpinLock::new(drivers),
                 converging: AtomicBool::new(true),
                 lasting_size: AtomicU64::new(0),
+                shrinking: AtomicBool::new(false),
             }),
             Err(error) => {
                 for driver in &platform.mailbox().drivers {
@@ -168,9 +174,14 @@ impl<P: Platform> Guest<P> {
         if !(1..=MAX_DEVICES).contains(&transports.len()) {
             return Err(BootError::DeviceCount(transports.len()));
         }
-        let policy = parameters.policy;
+        let mut policy = parameters.policy;
         let mut config = Config::new(parameters.profile);
-        if policy.auto_online.is_none() {
+        if parameters.mixed_zones {
+            // Boot memory is not the core's, so the first memory block is a kernel's, and one for each three after it.
+            policy.auto_online = None;
+            config.default_online_type = Some(OnlineType::Online);
+            config.online_policy = OnlinePolicy::AutoMovable;
+        } else if policy.auto_online.is_none() {
             // Linux's driver leaves it to the core, and its users boot with `memhp_default_state=online_movable`.
             config.default_online_type = Some(OnlineType::Movable);
         }
@@ -283,6 +294,11 @@ impl<P: Platform> Guest<P> {
         }
         let lasting_size = drivers.iter().map(Driver::lasting_size).sum();
         self.lasting_size.store(lasting_size, Ordering::Relaxed);
+        let shrinking = |driver: &Driver<P>| {
+            driver.driver.config().mutable.requested_size < driver.driver.plugged_size()
+        };
+        self.shrinking
+            .store(drivers.iter().any(shrinking), Ordering::Relaxed);
         let converging = |driver: &Driver<P>| state_of(driver.progress) == DriverState::Converging;
         let converging = drivers.iter().any(converging);
         self.converging.store(converging, Ordering::Release);
@@ -320,12 +336,19 @@ impl<P: Platform> Guest<P> {
     }
 
     /// Pages a worker may hold: all workers together half of the memory that will be left, or there would be
-    /// nowhere to move pages to.
-    fn allowance(&self) -> u64 {
+    /// nowhere to move pages to. While memory is to go, none more that cannot be moved, or it might never.
+    fn allowance(&self) -> Allowance {
         let lasting_size = self.lasting_size.load(Ordering::Relaxed);
         let pages = lasting_size / 2 / self.parameters.profile.page_size();
         let share = pages / self.parameters.vcpu_count as u64;
-        share.min(self.parameters.worker_pages)
+        let workload = self.platform.mailbox().workload.load(Ordering::Relaxed);
+        Allowance {
+            pages: share.min(self.parameters.worker_pages),
+            unmovable_one_in: match self.shrinking.load(Ordering::Relaxed) {
+                true => None,
+                false => Workload::from_value(workload).unmovable_one_in(),
+            },
+        }
     }
 
     /// What each worker has got done.
@@ -334,13 +357,16 @@ impl<P: Platform> Guest<P> {
         core::array::from_fn(|index| workers[index].slices.load(Ordering::Relaxed))
     }
 
-    /// Whether no worker holds more than it may, nor the page it had in hand when it had got `slices` done.
+    /// Whether no worker holds more than it may, nor a page that cannot be moved, nor the page it had in hand when it
+    /// had got `slices` done.
     fn workers_let_go(&self, slices: &[u64; MAX_VCPUS]) -> bool {
         let workers = &self.platform.mailbox().workers;
+        let allowance = self.allowance().pages;
         workers.iter().zip(slices).all(|(worker, slices)| {
             let held = worker.pages_held.load(Ordering::Relaxed);
+            let unmovable = worker.pages_unmovable.load(Ordering::Relaxed);
             let moved_on = worker.slices.load(Ordering::Relaxed) != *slices;
-            held == 0 || held <= self.allowance() && moved_on
+            held == 0 || held <= allowance && unmovable == 0 && moved_on
         })
     }
 

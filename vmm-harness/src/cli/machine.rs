@@ -43,7 +43,7 @@ pub(crate) struct MachineArgs {
     /// Where the guest runs [default: auto]
     #[arg(long, value_enum)]
     guest: Option<Guest>,
-    /// Seed of everything the guest chooses at random [default: 0]
+    /// Seed of everything chosen at random [default: 0; of a stress run, a new one each time]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 }
@@ -129,6 +129,11 @@ impl MachineArgs {
             guest: self.guest.or(others.guest),
             seed: self.seed.or(others.seed),
         }
+    }
+
+    /// The seed, if one is given.
+    pub(crate) fn seed(&self) -> Option<u64> {
+        self.seed
     }
 
     pub(crate) fn options(&self) -> DemoOptions {

@@ -8,6 +8,7 @@ mod machine;
 pub(crate) mod replay;
 pub(crate) mod run;
 pub(crate) mod serve;
+pub(crate) mod stress;
 pub(crate) mod watch;
 
 /// The command line is wrong in a way its parser cannot see.

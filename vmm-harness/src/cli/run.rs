@@ -71,7 +71,13 @@ enum Workload {
     /// Nothing
     Idle,
     /// Allocates, fills, verifies and frees pages all the time, in up to half of the memory
+    #[value(alias = "alloc")]
+    #[serde(alias = "alloc")]
     Churn,
+    /// The same, and many pages are pinned or otherwise cannot be moved for a while
+    Pin,
+    /// The same with few such pages
+    Mixed,
 }
 
 impl Options {
@@ -101,7 +107,12 @@ pub(crate) fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         targets: Some(vec![options.size.map_or(0, |Size(bytes)| bytes)]),
         worker_pages: match options.workload {
             Some(Workload::Idle) => 0,
-            Some(Workload::Churn) | None => guest.worker_pages,
+            Some(Workload::Churn | Workload::Pin | Workload::Mixed) | None => guest.worker_pages,
+        },
+        workload: match options.workload {
+            Some(Workload::Pin) => vmm_harness::Workload::Pin,
+            Some(Workload::Mixed) => vmm_harness::Workload::Mixed,
+            Some(Workload::Idle | Workload::Churn) | None => vmm_harness::Workload::Alloc,
         },
         ..guest
     };

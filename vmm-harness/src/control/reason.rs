@@ -8,7 +8,7 @@ use vmem_guest::abi::{DriverState, Shortfall};
 use crate::{Outcome, Report};
 
 /// What keeps the plugged size from the requested one; `docs/operating.md` says what to do about each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// There is no guest yet.
@@ -51,7 +51,7 @@ pub enum Reason {
 
 impl Reason {
     /// The first that applies, from what rules out all else to what passes by itself. `None` if the size is there.
-    pub(super) fn of(
+    pub(crate) fn of(
         status: &Status,
         report: Option<&Report>,
         outcome: Option<&Outcome>,

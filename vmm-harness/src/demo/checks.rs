@@ -19,31 +19,36 @@ pub struct CheckFailed {
     pub found: String,
 }
 
-fn check(
+impl CheckFailed {
+    pub(crate) fn new(name: &'static str, found: String) -> Self {
+        Self { name, found }
+    }
+}
+
+pub(crate) fn check(
     name: &'static str,
     holds: bool,
     found: impl FnOnce() -> String,
 ) -> Result<(), CheckFailed> {
     match holds {
         true => Ok(()),
-        false => Err(CheckFailed {
-            name,
-            found: found(),
-        }),
+        false => Err(CheckFailed::new(name, found())),
     }
 }
 
 /// What a step has to come to.
-pub(super) struct Expected<'a> {
-    pub(super) plan: &'a Plan,
+pub(crate) struct Expected<'a> {
+    pub(crate) plan: &'a Plan,
     /// Bytes asked for.
-    pub(super) target: u64,
+    pub(crate) target: u64,
     /// Bytes the driver can have plugged then: the target, but for what no driver of this kind can reach.
-    pub(super) plugged: u64,
+    pub(crate) plugged: u64,
+    /// How often the host has refused something.
+    pub(crate) host_failures: u64,
 }
 
 /// What must hold of the driver before the first step.
-pub(super) fn driver(plan: &Plan, report: &Report) -> Result<(), CheckFailed> {
+pub(crate) fn driver(plan: &Plan, report: &Report) -> Result<(), CheckFailed> {
     let asked = (
         plan.policy.strategy,
         plan.sizes.mode,
@@ -56,7 +61,7 @@ pub(super) fn driver(plan: &Plan, report: &Report) -> Result<(), CheckFailed> {
 }
 
 /// What must hold as soon as the guest says that it has settled on a target.
-pub(super) fn reached(
+pub(crate) fn reached(
     device: &VirtioMem,
     expected: &Expected<'_>,
     report: &Report,
@@ -103,7 +108,7 @@ pub(super) fn reached(
 }
 
 /// Everything that must hold once the guest has worked in its memory for a while; the resident bytes measured on the way.
-pub(super) fn step(
+pub(crate) fn step(
     device: &VirtioMem,
     expected: &Expected<'_>,
     plugged_before: u64,
@@ -141,9 +146,12 @@ pub(super) fn step(
         report.requests == answered,
         || format!("{} were sent, {answered} answered", report.requests),
     )?;
-    check("host-refused-nothing", counters.host_failures == 0, || {
-        format!("{counters:?}")
-    })?;
+    let failures = (counters.host_failures, expected.host_failures);
+    check(
+        "host-failures-are-counted",
+        failures.0 == failures.1,
+        || format!("{failures:?}: {counters:?}"),
+    )?;
     Ok(resident)
 }
 
@@ -156,7 +164,7 @@ fn requests(counters: &Counters) -> u64 {
         .sum()
 }
 
-fn no_page_lost(report: &Report) -> Result<(), CheckFailed> {
+pub(crate) fn no_page_lost(report: &Report) -> Result<(), CheckFailed> {
     let wrong: u64 = report.workers.iter().map(|worker| worker.pages_wrong).sum();
     check("no-page-lost-or-wrong", wrong == 0, || {
         format!("{wrong} tagged pages were read back wrong")
@@ -164,7 +172,7 @@ fn no_page_lost(report: &Report) -> Result<(), CheckFailed> {
 }
 
 /// What must hold once the guest has verified and freed all its pages and exited; the pages verified in all.
-pub(super) fn end(device: &VirtioMem, report: &Report) -> Result<u64, DemoError> {
+pub(crate) fn end(device: &VirtioMem, report: &Report) -> Result<u64, DemoError> {
     no_page_lost(report)?;
     let held: u64 = report.workers.iter().map(|worker| worker.pages_held).sum();
     check("every-page-is-freed", held == 0, || {
@@ -178,7 +186,7 @@ pub(super) fn end(device: &VirtioMem, report: &Report) -> Result<u64, DemoError>
         .sum())
 }
 
-fn resident_within_plugged(device: &VirtioMem) -> Result<u64, DemoError> {
+pub(crate) fn resident_within_plugged(device: &VirtioMem) -> Result<u64, DemoError> {
     let handle = device.handle();
     let (resident, plugged) = (handle.resident_bytes()?, handle.status().plugged_size);
     check("resident-within-plugged", resident <= plugged, || {
@@ -188,7 +196,7 @@ fn resident_within_plugged(device: &VirtioMem) -> Result<u64, DemoError> {
 }
 
 /// What must hold after the guest reached for `address`.
-pub(super) fn rogue(device: &VirtioMem, address: u64, rogue: &Rogue) -> Result<(), DemoError> {
+pub(crate) fn rogue(device: &VirtioMem, address: u64, rogue: &Rogue) -> Result<(), DemoError> {
     check("rogue-access-is-found", rogue.address == address, || {
         format!("told to touch {address:#x}, found at {:#x}", rogue.address)
     })?;
@@ -259,6 +267,7 @@ mod tests {
             plan: &plan_as_run,
             target: TARGET,
             plugged: TARGET,
+            host_failures: 0,
         };
         let found = |expected: &Expected<'_>, spoil: Spoil| {
             let mut report = report.clone();
@@ -286,6 +295,11 @@ mod tests {
         };
         assert_eq!(found(&more, |_| {}), "plugged-equals-target");
         let big_blocks = plan(Some(Mode::BigBlock));
+        let refused = Expected {
+            host_failures: 1,
+            ..expected
+        };
+        assert_eq!(found(&refused, |_| {}), "host-failures-are-counted");
         let torn = Expected {
             plan: &big_blocks,
             ..expected

@@ -1,7 +1,7 @@
 //! The main job: a guest that works in its memory while it is grown and shrunk, checked at every step.
 
-mod checks;
-mod options;
+pub(crate) mod checks;
+pub(crate) mod options;
 mod residency;
 mod table;
 
@@ -20,6 +20,7 @@ pub use table::size;
 
 use self::options::Plan;
 use self::residency::unplugged_resident;
+use crate::faults::Faults;
 use crate::{
     InterruptCounts, Machine, Outcome, Report, ReportError, Shortfall, StartError, UnpluggedAccess,
 };
@@ -203,9 +204,10 @@ pub struct Rogue {
 /// [`DemoError`]: bad options, a guest that does not start or get on, or a failed check with its name.
 pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoError> {
     let plan = Plan::new(options)?;
-    check_pool(options, &plan)?;
-    let (config, device) = options.machine_for(&plan)?;
-    let machine = Machine::start(&config, device)?;
+    let most = plan.targets.iter().max().copied().unwrap_or(0);
+    check_pool(options.backing, most)?;
+    let (config, device) = options.machine_for(&plan, Faults::default())?;
+    let mut machine = Machine::start(&config, device)?;
     let handle = machine.handle();
     let booted = machine
         .settled(0, STEP_TIMEOUT)
@@ -242,27 +244,23 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
             summary.rogue = Some(rogue);
         }
         false => {
-            summary.pages_verified = end(machine)?;
+            summary.pages_verified = end(&mut machine)?;
             table::end(out, &summary)?;
         }
     }
     Ok(summary)
 }
 
-/// Plugging more than the pool of huge pages holds is BUSY, and the demonstration would wait for somebody to
-/// fill it.
-fn check_pool(options: &DemoOptions, plan: &Plan) -> Result<(), DemoError> {
+/// Plugging more than the pool of huge pages holds is BUSY, and whoever plugs up to `most` bytes would wait for somebody
+/// to fill it.
+pub(crate) fn check_pool(backing: BackingKind, most: u64) -> Result<(), DemoError> {
     const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-    if options.backing != BackingKind::Hugetlb2m {
+    if backing != BackingKind::Hugetlb2m {
         return Ok(());
     }
     let text = std::fs::read_to_string(POOL).unwrap_or_default();
     let free: u64 = text.trim().parse().unwrap_or(0);
-    let needed = plan
-        .targets
-        .iter()
-        .max()
-        .map_or(0, |most| most.div_ceil(2 << 20));
+    let needed = most.div_ceil(2 << 20);
     match free < needed {
         true => Err(DemoError::HugePages { needed, free }),
         false => Ok(()),
@@ -290,7 +288,7 @@ impl Moment {
     }
 }
 
-fn pages_verified(report: &Report) -> u64 {
+pub(crate) fn pages_verified(report: &Report) -> u64 {
     report
         .workers
         .iter()
@@ -320,6 +318,7 @@ fn step(
         plan,
         target,
         plugged: plan.reachable(target, last.report.plugged_size),
+        host_failures: 0,
     };
     checks::reached(machine.device(), &expected, &report)?;
     let goal = match expected.plugged {
@@ -396,7 +395,7 @@ fn beside_plugged_block(handle: &Handle) -> Option<u64> {
     Some(geometry.address(block))
 }
 
-fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
+pub(crate) fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
     let geometry = handle.geometry();
     let first_unplugged = handle.plugged().next(0, false);
     let address = beside_plugged_block(handle)
@@ -437,7 +436,7 @@ fn go_rogue(machine: Machine, handle: &Handle) -> Result<Rogue, DemoError> {
     Ok(rogue)
 }
 
-fn end(mut machine: Machine) -> Result<u64, DemoError> {
+pub(crate) fn end(machine: &mut Machine) -> Result<u64, DemoError> {
     let device = machine.device().clone();
     match machine.finish(STEP_TIMEOUT) {
         Outcome::Exited => checks::end(&device, &machine.progress()),

@@ -10,8 +10,9 @@ use vm_memory::GuestAddress;
 
 use super::DemoError;
 use super::table::size;
+use crate::faults::Faults;
 use crate::layout::{LARGE_PAGE, REGION_START};
-use crate::{GUEST_IMAGE, GuestKind, MachineConfig};
+use crate::{GUEST_IMAGE, GuestKind, MachineConfig, Workload};
 
 /// Sizes to ask for, if none are named; rounded up to what the driver can do.
 const TARGETS: [u64; 5] = [1 << 30, 130 << 20, 2 << 30, 6 << 20, 0];
@@ -45,6 +46,8 @@ pub struct DemoOptions {
     pub pages_per_step: u64,
     /// Most pages one worker of the guest holds; the default is 256 MiB of them.
     pub worker_pages: u64,
+    /// What the workers of the guest do with their memory.
+    pub workload: Workload,
     /// Number of vCPUs.
     pub vcpu_count: usize,
     /// Where the guest runs.
@@ -72,6 +75,7 @@ impl Default for DemoOptions {
             targets: None,
             pages_per_step: 200_000,
             worker_pages: 65_536,
+            workload: Workload::Alloc,
             vcpu_count: 2,
             guest: GuestKind::Auto,
             seed: 0,
@@ -98,15 +102,20 @@ impl DemoOptions {
 
     /// The guest and its device.
     pub(crate) fn machine(&self) -> Result<(MachineConfig, Builder), DemoError> {
-        self.machine_for(&Plan::new(self)?)
+        self.machine_for(&Plan::new(self)?, Faults::default())
     }
 
-    /// As [`machine`](Self::machine), for who has a plan.
-    pub(super) fn machine_for(&self, plan: &Plan) -> Result<(MachineConfig, Builder), DemoError> {
+    /// As [`machine`](Self::machine), for who has a plan, or wants something to go wrong.
+    pub(crate) fn machine_for(
+        &self,
+        plan: &Plan,
+        faults: Faults,
+    ) -> Result<(MachineConfig, Builder), DemoError> {
         let backing = self.backing.map(self.region);
         let backing = backing.map_err(|error| DemoError::Backing(size(self.region), error))?;
-        let mut device = VirtioMem::builder(GuestAddress(self.region_start), backing)
-            .block_size(self.block_size);
+        let mut device =
+            VirtioMem::builder(GuestAddress(self.region_start), faults.backing(backing))
+                .block_size(self.block_size);
         if let Some(slot_size) = self.slot_size {
             device = device.slot_size(slot_size);
         }
@@ -119,7 +128,9 @@ impl DemoOptions {
             guest: self.guest,
             seed: self.seed,
             worker_pages: self.worker_pages,
+            workload: self.workload,
             policy: plan.policy,
+            faults,
             ..MachineConfig::default()
         };
         Ok((config, device))
@@ -158,19 +169,19 @@ impl BackingKind {
 
 /// What is going to happen.
 #[derive(Clone, Debug)]
-pub(super) struct Plan {
-    pub(super) geometry: Geometry,
-    pub(super) policy: Policy,
-    pub(super) sizes: Sizes,
-    pub(super) targets: Vec<u64>,
-    pub(super) pages_per_step: u64,
+pub(crate) struct Plan {
+    pub(crate) geometry: Geometry,
+    pub(crate) policy: Policy,
+    pub(crate) sizes: Sizes,
+    pub(crate) targets: Vec<u64>,
+    pub(crate) pages_per_step: u64,
 }
 
 impl Plan {
     /// # Errors
     ///
     /// [`DemoError::Options`] if the options do not go together.
-    pub(super) fn new(options: &DemoOptions) -> Result<Self, DemoError> {
+    pub(crate) fn new(options: &DemoOptions) -> Result<Self, DemoError> {
         let geometry = Geometry::new(options.region_start, options.region, options.block_size)
             .map_err(|error| DemoError::Options(error.to_string()))?;
         check_boot_memory(options.boot_memory)?;
@@ -215,7 +226,7 @@ impl Plan {
     }
 
     /// Bytes of the region the driver can use: those in whole units.
-    pub(super) fn capacity(&self) -> u64 {
+    pub(crate) fn capacity(&self) -> u64 {
         let unit = self.sizes.unit_size;
         let (start, len) = (self.geometry.addr(), self.geometry.region_size());
         let (first, end) = (start.div_ceil(unit), (start + len) / unit);
@@ -226,7 +237,7 @@ impl Plan {
     ///
     /// Granules are plugged and unplugged as a whole. Where that leaves a remainder, Linux is content with the side
     /// it comes from, and `Direct` rounds the target down.
-    pub(super) fn reachable(&self, target: u64, plugged: u64) -> u64 {
+    pub(crate) fn reachable(&self, target: u64, plugged: u64) -> u64 {
         let granule = self.sizes.granule_size;
         let whole = |bytes: u64| bytes / granule * granule;
         let reachable = match self.policy.strategy {
@@ -264,7 +275,7 @@ impl Plan {
 }
 
 /// What is added and removed at a time.
-pub(super) fn unit_name(mode: Mode) -> &'static str {
+pub(crate) fn unit_name(mode: Mode) -> &'static str {
     match mode {
         Mode::SubBlock => "memory block",
         Mode::BigBlock => "big block",

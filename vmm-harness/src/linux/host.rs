@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The date (UTC) and the kind of machine, for people.
-pub(super) fn date_and_machine() -> String {
+pub(crate) fn date_and_machine() -> String {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     let (year, month, day) = civil(since.map_or(0, |since| since.as_secs() / 86400));
     let first = |file: &str, key: &str| {

@@ -1,8 +1,10 @@
 //! What a run needs from packages: QEMU, a kernel with its driver, and a shell.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use lzma_rust2::XzReader;
 
@@ -25,6 +27,42 @@ const SECURITY: Suites = Suites {
 
 /// The emulator, from x86 to x86.
 const QEMU: &str = "qemu-system-x86";
+
+/// Debian 12.
+const STABLE: Suites = Suites {
+    security: false,
+    names: &["bookworm"],
+};
+
+/// A browser that is only ever controlled.
+const BROWSER: &str = "chromium-headless-shell";
+
+/// Where its libraries are.
+const LIBRARIES: [&str; 3] = [
+    "usr/lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu/pulseaudio",
+    "lib/x86_64-linux-gnu",
+];
+
+/// Where its fonts are named.
+const FONTS_FILE: &str = "fonts.conf";
+const FONTS: &str = r#"<fontconfig>
+  <dir prefix="relative">usr/share/fonts</dir>
+  <cachedir prefix="xdg">vmem-fonts</cachedir>
+</fontconfig>
+"#;
+
+/// What a program takes from the machine it runs on.
+const C_LIBRARY: [&str; 8] = [
+    "ld-linux-x86-64.so.2",
+    "libc.so.6",
+    "libdl.so.2",
+    "libm.so.6",
+    "libmvec.so.1",
+    "libpthread.so.0",
+    "libresolv.so.2",
+    "librt.so.1",
+];
 
 /// The guest's programs, in one file.
 const BUSYBOX: &str = "busybox-static";
@@ -103,6 +141,48 @@ impl Tools {
 
     pub(super) fn busybox(&self) -> PathBuf {
         self.0.join("root/usr/bin/busybox")
+    }
+}
+
+/// A browser without a window, in the cache: for tests of pages.
+#[derive(Debug)]
+pub struct Browser(PathBuf);
+
+impl Browser {
+    /// Takes it from the cache, after filling that with what is missing.
+    ///
+    /// # Errors
+    ///
+    /// If the packages cannot be had, as on a machine without apt or network.
+    pub fn get(cache: &Cache, progress: &mut Progress) -> Result<Self, LinuxError> {
+        let names = [BROWSER, "fonts-dejavu-core"].map(str::to_owned);
+        let browser = cache.get_or_make("browser", progress, |dir, progress| {
+            from_packages(dir, BROWSER, STABLE, progress, |apt, root, phase| {
+                let packages = apt.unpack(&names, true, root, phase)?;
+                // The C library is the machine's, with the loader that was built with it.
+                for name in C_LIBRARY {
+                    let path = root.join("lib/x86_64-linux-gnu").join(name);
+                    if path.exists() {
+                        fs::remove_file(&path).map_err(LinuxError::file(path))?;
+                    }
+                }
+                fs::write(root.join(FONTS_FILE), FONTS).map_err(LinuxError::file(root))?;
+                Ok(packages)
+            })
+        })?;
+        Ok(Self(browser))
+    }
+
+    /// The program with the libraries and fonts it was built for, without arguments.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let root = self.0.join("root");
+        let libraries = LIBRARIES.map(|dir| root.join(dir).into_os_string());
+        let mut command = Command::new(root.join("usr/lib/chromium").join(BROWSER));
+        command
+            .env("LD_LIBRARY_PATH", libraries.join(OsStr::new(":")))
+            .env("FONTCONFIG_FILE", root.join(FONTS_FILE));
+        command
     }
 }
 

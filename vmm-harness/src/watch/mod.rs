@@ -24,7 +24,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
-use hyper::Method;
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event;
 use thiserror::Error;
@@ -35,7 +34,7 @@ pub use screen::with_screen;
 pub use text::clean;
 pub use view::{Action, Guest, Memory, Requests, Update, View};
 
-use crate::api::client::{ClientError, request};
+use crate::api::client::ClientError;
 use feed::Feed;
 
 /// How long a key may wait for its effect, and news from the server.

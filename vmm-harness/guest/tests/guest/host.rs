@@ -21,6 +21,7 @@ use crate::support::memory::PluggedMemory;
 pub(crate) const PARAMETERS: Parameters = Parameters {
     vcpu_count: 2,
     worker_pages: 4096,
+    mixed_zones: false,
     seed: 0x5eed,
     profile: Profile::X86_64,
     policy: Policy {

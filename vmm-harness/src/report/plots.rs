@@ -1,0 +1,368 @@
+//! The plots of a report: data in, a figure of HTML out.
+
+use virtio_mem_wire::{Answer, RequestKind};
+
+use super::svg::{Axis, Chart, escape, number};
+use super::{Recording, Sample, Vm};
+use crate::stress::Latency;
+
+/// Width of what has the page to itself.
+const WIDTH: f64 = 860.0;
+
+/// Points of a rate over time.
+const BINS: usize = 200;
+
+/// The lines of memory over time: class, legend and value. What is requested, plugged and online stays what it is until it
+/// changes, so these lines go in steps.
+type Series = (&'static str, &'static str, fn(&Sample) -> u64);
+
+const MEMORY: [Series; 4] = [
+    ("requested", "requested", |sample| sample.requested),
+    ("plugged", "plugged", |sample| sample.plugged),
+    ("online", "online in the guest", |sample| sample.online),
+    ("resident", "resident on the host", |sample| sample.resident),
+];
+
+/// Something that goes on all the time.
+struct Rate {
+    class: &'static str,
+    title: &'static str,
+    unit: &'static str,
+    /// Its running total.
+    total: fn(&Sample) -> u64,
+}
+
+const RATES: [Rate; 3] = [
+    Rate {
+        class: "moved",
+        title: "Blocks plugged and unplugged",
+        unit: "blocks/s",
+        total: |sample| sample.blocks_plugged + sample.blocks_unplugged,
+    },
+    Rate {
+        class: "verified",
+        title: "Pages verified",
+        unit: "pages/s",
+        total: |sample| sample.pages_verified,
+    },
+    Rate {
+        class: "resizes",
+        title: "Sizes asked for",
+        unit: "resizes/s",
+        total: |sample| sample.resizes,
+    },
+];
+
+fn figure(id: &str, title: &str, legend: &[(&str, &str)], chart: Chart) -> String {
+    let keys: String = legend
+        .iter()
+        .map(|(class, text)| format!("<span class=\"key {class}\">{text}</span> "))
+        .collect();
+    format!(
+        "<figure id=\"{id}\"><figcaption><h3>{}</h3> {keys}</figcaption>\n{}</figure>\n",
+        escape(title),
+        chart.finish()
+    )
+}
+
+fn title(what: &str, vm: usize, count: usize) -> String {
+    match count {
+        1 => what.to_owned(),
+        _ => format!("{what}, guest {vm}"),
+    }
+}
+
+/// What changes over time.
+pub(super) fn over_time(recording: &Recording) -> String {
+    let count = recording.vms.len();
+    let seconds = recording.summary.seconds;
+    let mut html = String::new();
+    if count > 1 {
+        html += &budget(recording);
+    }
+    for (vm, data) in recording.vms.iter().enumerate() {
+        html += &memory(data, &title("Memory", vm, count), vm, seconds);
+        html += &blocks(
+            data,
+            &title("Blocks", vm, count),
+            vm,
+            seconds,
+            recording.run.region_size,
+        );
+    }
+    for rate in &RATES {
+        html += &throughput(&recording.vms, seconds, rate);
+    }
+    html
+}
+
+/// How long requests took.
+pub(super) fn requests(recording: &Recording) -> String {
+    let mut html = "<div class=\"pair\">\n".to_owned();
+    for kind in RequestKind::ALL {
+        for answer in Answer::ALL {
+            let named = |l: &&Latency| (l.request, l.answer) == (kind.name(), answer.name());
+            if let Some(latency) = recording.summary.requests.iter().find(named) {
+                html += &latencies(latency);
+            }
+        }
+    }
+    html + "</div>\n"
+}
+
+fn memory(vm: &Vm, title: &str, index: usize, seconds: f64) -> String {
+    let most = vm
+        .samples
+        .iter()
+        .flat_map(|sample| MEMORY.map(|(_, _, value)| value(sample)));
+    let y = Axis::bytes("bytes", most.max().unwrap_or(0));
+    let mut chart = Chart::new(title, Axis::time(seconds), y, (WIDTH, 300.0));
+    for (class, _, value) in MEMORY {
+        let point = |sample: &Sample| (sample.seconds, value(sample) as f64);
+        let points = vm.samples.iter().map(point);
+        match class {
+            "resident" => chart.line(class, points),
+            _ => chart.line(class, steps(points)),
+        }
+    }
+    let legend = MEMORY.map(|(class, text, _)| (class, text));
+    figure(&format!("memory-{index}"), title, &legend, chart)
+}
+
+/// Each point, and below or above each but the first where the line was until then.
+fn steps(points: impl Iterator<Item = (f64, f64)>) -> impl Iterator<Item = (f64, f64)> {
+    let mut last = None;
+    points.flat_map(move |(x, y)| {
+        let corner = last.replace(y).map(|before| (x, before));
+        corner.into_iter().chain([(x, y)])
+    })
+}
+
+fn blocks(vm: &Vm, title: &str, index: usize, seconds: f64, region_size: u64) -> String {
+    let y = Axis::bytes("offset in the region", region_size);
+    let mut chart = Chart::new(title, Axis::time(seconds), y, (WIDTH, 300.0));
+    let ends = vm.maps.iter().skip(1).map(|map| map.seconds);
+    let columns: Vec<_> = vm.maps.iter().zip(ends.chain([seconds])).collect();
+    for shade in b'1'..=b'9' {
+        let areas = columns.iter().flat_map(|(map, end)| {
+            let shares = map.shares.as_bytes();
+            let height = region_size as f64 / shares.len().max(1) as f64;
+            let mut first = 0;
+            let runs = shares.chunk_by(|a, b| a == b).filter_map(move |run| {
+                let from = first;
+                first += run.len();
+                (run.first() == Some(&shade)).then_some((from, first))
+            });
+            runs.map(move |(from, to)| {
+                let y = |share: usize| share as f64 * height;
+                ((map.seconds, y(from)), (*end, y(to)))
+            })
+        });
+        chart.areas(&format!("share s{}", char::from(shade)), areas);
+    }
+    let legend = [
+        ("share s9", "plugged"),
+        ("share s6", "most plugged"),
+        ("share s3", "some plugged"),
+        ("share s0", "not plugged"),
+    ];
+    figure(&format!("blocks-{index}"), title, &legend, chart)
+}
+
+/// A running total at a time between samples.
+fn at(samples: &[Sample], seconds: f64, value: impl Fn(&Sample) -> u64) -> f64 {
+    let next = samples.partition_point(|sample| sample.seconds <= seconds);
+    let before = match next {
+        0 => Sample::default(),
+        next => samples[next - 1],
+    };
+    let last = value(&before) as f64;
+    samples.get(next).map_or(last, |after| {
+        let share = (seconds - before.seconds) / (after.seconds - before.seconds);
+        last + (value(after) as f64 - last) * share
+    })
+}
+
+/// How fast a running total of all guests grows, as points in equal distances.
+fn rate(vms: &[Vm], seconds: f64, value: impl Fn(&Sample) -> u64) -> Vec<(f64, f64)> {
+    let samples = vms.iter().map(|vm| vm.samples.len()).max().unwrap_or(0);
+    let bins = samples.clamp(1, BINS);
+    let width = seconds / bins as f64;
+    let total = |edge: usize| -> f64 {
+        let time = edge as f64 * width;
+        vms.iter().map(|vm| at(&vm.samples, time, &value)).sum()
+    };
+    (0..bins)
+        .map(|bin| {
+            let grown = total(bin + 1) - total(bin);
+            ((bin as f64 + 0.5) * width, (grown / width).max(0.0))
+        })
+        .collect()
+}
+
+fn throughput(vms: &[Vm], seconds: f64, plotted: &Rate) -> String {
+    let points = rate(vms, seconds, plotted.total);
+    let most = points.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
+    let (title, y) = (plotted.title, Axis::count(plotted.unit, most));
+    let mut chart = Chart::new(title, Axis::time(seconds), y, (WIDTH, 170.0));
+    chart.line(plotted.class, points.into_iter());
+    figure(&format!("rate-{}", plotted.class), title, &[], chart)
+}
+
+/// All guests together, and what they may have.
+fn budget(recording: &Recording) -> String {
+    let (vms, seconds) = (&recording.vms, recording.summary.seconds);
+    let samples = vms.iter().map(|vm| vm.samples.len()).max().unwrap_or(0);
+    let bins = samples.clamp(1, BINS);
+    let sum = |value: fn(&Sample) -> u64| {
+        let time = move |bin: usize| (bin as f64 + 0.5) / bins as f64 * seconds;
+        (0..bins).map(move |bin| {
+            let total: f64 = vms.iter().map(|vm| at(&vm.samples, time(bin), value)).sum();
+            (time(bin), total)
+        })
+    };
+    let most = |vm: &Vm| {
+        let sizes = vm.samples.iter().map(|s| s.requested.max(s.plugged));
+        sizes.max().unwrap_or(0)
+    };
+    let most = match recording.run.budget {
+        0 => vms.iter().map(most).sum(),
+        budget => budget,
+    };
+    let name = "Memory of all guests";
+    let mut chart = Chart::new(
+        name,
+        Axis::time(seconds),
+        Axis::bytes("bytes", most),
+        (WIDTH, 220.0),
+    );
+    for (class, _, value) in MEMORY {
+        chart.line(class, sum(value));
+    }
+    let mut legend = MEMORY.map(|(class, text, _)| (class, text)).to_vec();
+    if recording.run.budget > 0 {
+        let y = recording.run.budget as f64;
+        chart.line("budget", [(0.0, y), (seconds, y)].into_iter());
+        legend.push(("budget", "budget"));
+    }
+    figure("memory-all", name, &legend, chart)
+}
+
+/// How many requests took how long, both in powers: a stall of a second is as visible as a thousand of 10 µs.
+fn latencies(latency: &Latency) -> String {
+    let filled = || {
+        latency
+            .buckets
+            .iter()
+            .enumerate()
+            .filter(|(_, count)| **count > 0)
+    };
+    // Bucket i ends at 2^i ns.
+    let log10 = |bucket: f64| bucket * 2f64.log10();
+    let first = filled().next().map_or(0, |(bucket, _)| bucket);
+    let last = filled().next_back().map_or(1, |(bucket, _)| bucket);
+    let min = log10(first as f64 - 1.0).max(0.0).floor() as i32;
+    let max = log10(last as f64).ceil() as i32;
+    let most = filled().map(|(_, count)| *count).max().unwrap_or(1);
+    let x = Axis::decades("time", min, max, time_text);
+    let counts = (most as f64).log10().ceil() as i32;
+    let y = Axis::decades("requests", 0, counts, |ten| number(10f64.powi(ten))).from(-0.3);
+    let name = format!("{} → {}", latency.request, latency.answer);
+    let mut chart = Chart::new(&name, x, y, (WIDTH / 2.0, 200.0));
+    let bars = filled().map(|(bucket, count)| {
+        let from = log10(bucket as f64 - 1.0).max(f64::from(min));
+        let to = log10(bucket as f64).max(from);
+        ((from, -0.3), (to, (*count as f64).log10()))
+    });
+    chart.areas(&format!("bar {}", latency.answer), bars);
+    let p99 = latency.percentile(99).as_secs_f64() * 1e6;
+    let title = format!(
+        "{name}: {}, mean {}, 99 % below {}, longest {}",
+        latency.count,
+        duration(latency.mean_us),
+        duration(p99),
+        duration(latency.max_us)
+    );
+    let id = format!("latency-{}-{}", latency.request, latency.answer);
+    figure(&id, &title, &[], chart)
+}
+
+/// Microseconds, with three digits.
+fn duration(us: f64) -> String {
+    let (value, unit) = match us {
+        us if us < 1e3 => (us, "µs"),
+        us if us < 1e6 => (us / 1e3, "ms"),
+        us => (us / 1e6, "s"),
+    };
+    let digits = match value {
+        v if v < 10.0 => 2,
+        v if v < 100.0 => 1,
+        _ => 0,
+    };
+    format!("{value:.digits$} {unit}")
+}
+
+/// 10^`ten` ns.
+fn time_text(ten: i32) -> String {
+    let (unit, of) = match ten {
+        ..3 => ("ns", 0),
+        3..6 => ("µs", 3),
+        6..9 => ("ms", 6),
+        9.. => ("s", 9),
+    };
+    format!("{} {unit}", 10f64.powi(ten - of))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(seconds: f64, total: u64) -> Sample {
+        Sample {
+            seconds,
+            resizes: total,
+            ..Sample::default()
+        }
+    }
+
+    #[test]
+    fn a_rate_is_the_slope_of_all_guests_together() {
+        let vm = |slope: u64| Vm {
+            samples: (1..=100)
+                .map(|i| sample(i as f64 / 10.0, i * slope))
+                .collect(),
+            maps: Vec::new(),
+        };
+        let points = rate(&[vm(1), vm(3)], 10.0, |sample| sample.resizes);
+        assert_eq!(points.len(), 100);
+        for (_, rate) in points {
+            assert!((rate - 40.0).abs() < 1e-6, "{rate}");
+        }
+        assert_eq!(rate(&[], 10.0, |sample| sample.resizes), [(5.0, 0.0)]);
+    }
+
+    #[test]
+    fn steps_stay_until_they_change() {
+        let line: Vec<_> = steps([(0.0, 1.0), (1.0, 2.0), (3.0, 0.0)].into_iter()).collect();
+        assert_eq!(
+            line,
+            [(0.0, 1.0), (1.0, 1.0), (1.0, 2.0), (3.0, 2.0), (3.0, 0.0)]
+        );
+        assert_eq!(steps(std::iter::empty()).count(), 0);
+    }
+
+    #[test]
+    fn durations_have_three_digits() {
+        let texts = [0.123, 12.3, 134_041.0, 2_147_484.0].map(duration);
+        assert_eq!(texts, ["0.12 µs", "12.3 µs", "134 ms", "2.15 s"]);
+    }
+
+    #[test]
+    fn powers_of_ten_have_their_unit() {
+        let texts: Vec<_> = [0, 2, 3, 5, 6, 9, 11].map(time_text).into();
+        assert_eq!(
+            texts,
+            ["1 ns", "100 ns", "1 µs", "100 µs", "1 ms", "1 s", "100 s"]
+        );
+    }
+}

@@ -1,0 +1,166 @@
+//! What this process holds, by the kernel's word: descriptors, threads, mappings.
+
+use std::fs;
+use std::io;
+use std::ops::Range;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use virtio_mem::VirtioMem;
+
+use crate::demo::CheckFailed;
+
+/// How long a descriptor or thread may take to be gone for good: others look at /proc as well, and a thread that was
+/// joined is still listed for a moment.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Larger than what an allocator reserves for a thread: guest memory.
+const LARGE: u64 = 96 << 20;
+
+/// Descriptors, threads, and bytes of large mappings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Census {
+    descriptors: usize,
+    threads: usize,
+    large_mappings: u64,
+}
+
+impl Census {
+    pub(super) fn take() -> io::Result<Self> {
+        let large = mappings()?.into_iter().map(|m| m.end - m.start);
+        Ok(Self {
+            descriptors: fs::read_dir("/proc/self/fd")?.count(),
+            threads: fs::read_dir("/proc/self/task")?.count(),
+            large_mappings: large.filter(|len| *len >= LARGE).sum(),
+        })
+    }
+
+    /// Whether there is no more of anything than there was.
+    fn within(self, before: Self) -> bool {
+        self.descriptors <= before.descriptors
+            && self.threads <= before.threads
+            && self.large_mappings <= before.large_mappings
+    }
+
+    /// Fails if there is more now than `self`, taken before.
+    pub(super) fn nothing_leaked(self) -> Result<(), LeakError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = Self::take()?;
+            if now.within(self) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(
+                    CheckFailed::new("nothing-leaked", format!("{self:?} became {now:?}")).into(),
+                );
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// As [`nothing_leaked`](Self::nothing_leaked), of a guest that runs: mappings come and go with its blocks.
+    pub(super) fn nothing_leaked_but_mappings(self) -> Result<(), LeakError> {
+        Self {
+            large_mappings: u64::MAX,
+            ..self
+        }
+        .nothing_leaked()
+    }
+}
+
+/// A leak, or what kept from looking.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LeakError {
+    #[error(transparent)]
+    Check(#[from] CheckFailed),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl From<LeakError> for crate::demo::DemoError {
+    fn from(error: LeakError) -> Self {
+        match error {
+            LeakError::Check(failed) => failed.into(),
+            LeakError::Io(error) => error.into(),
+        }
+    }
+}
+
+/// Where the region of `device` is in this process.
+pub(super) fn region_of(device: &VirtioMem) -> Range<u64> {
+    let backing = device.backing();
+    let start = backing.host_address().as_ptr().addr() as u64;
+    start..start + backing.len()
+}
+
+/// The number of mappings in `range`.
+pub(super) fn mappings_in(range: &Range<u64>) -> io::Result<usize> {
+    let inside = |m: &Range<u64>| m.start < range.end && range.start < m.end;
+    Ok(mappings()?.into_iter().filter(inside).count())
+}
+
+fn mappings() -> io::Result<Vec<Range<u64>>> {
+    let text = fs::read_to_string("/proc/self/maps")?;
+    let parse = |line: &str| {
+        let (start, end) = line.split(' ').next()?.split_once('-')?;
+        let number = |hex| u64::from_str_radix(hex, 16).ok();
+        Some(number(start)?..number(end)?)
+    };
+    Ok(text.lines().filter_map(parse).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use virtio_mem::{Anonymous, Backing};
+
+    use super::*;
+
+    #[test]
+    fn what_is_held_is_counted() {
+        let before = Census::take().unwrap();
+        let file = fs::File::open("/dev/null").unwrap();
+        let (end, ended) = channel::<()>();
+        let waits = thread::spawn(move || ended.recv());
+        let backing = Anonymous::base_pages(1 << 30).unwrap();
+        let start = backing.host_address().as_ptr().addr() as u64;
+        let region = start..start + (1 << 30);
+        let during = Census::take().unwrap();
+        // Other tests may hold something as well.
+        assert!(during.large_mappings >= before.large_mappings + (1 << 30));
+        assert!(!during.within(before));
+        assert_eq!(mappings_in(&region).unwrap(), 1);
+        backing.open(4096..8192).unwrap();
+        assert_eq!(mappings_in(&region).unwrap(), 3);
+        drop((file, backing, end));
+        waits.join().unwrap().unwrap_err();
+    }
+
+    #[test]
+    fn more_of_any_kind_is_a_leak() {
+        let before = Census {
+            descriptors: 5,
+            threads: 3,
+            large_mappings: 1 << 30,
+        };
+        assert!(before.within(before));
+        for more in [
+            Census {
+                descriptors: 6,
+                ..before
+            },
+            Census {
+                threads: 4,
+                ..before
+            },
+            Census {
+                large_mappings: 2 << 30,
+                ..before
+            },
+        ] {
+            assert!(before.within(more) && !more.within(before));
+        }
+    }
+}
