@@ -13,7 +13,7 @@ pub fn parse_size(text: &str) -> Result<u64, parse_size::Error> {
     parse_size::Config::new().with_binary().parse_size(text)
 }
 
-/// Bytes, in a document: an integer, or a string for [`parse_size`].
+/// Bytes, in a document: an integer, or a string with a whole number for [`parse_size()`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size(pub u64);
 
@@ -50,8 +50,17 @@ impl Visitor<'_> for SizeVisitor {
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Size, E> {
-        let unknown = |_| E::invalid_value(serde::de::Unexpected::Str(text), &self);
-        text.parse().map_err(unknown)
+        let unknown = || E::invalid_value(serde::de::Unexpected::Str(text), &self);
+        // What people may type, as fractions and underscores, is more than a document promises.
+        let unit = text.trim_start_matches(|c: char| c.is_ascii_digit());
+        let unit = unit.strip_prefix(' ').unwrap_or(unit);
+        let known = text.starts_with(|c: char| c.is_ascii_digit())
+            && ["", "B"]
+                .contains(&unit.trim_start_matches(['k', 'K', 'M', 'G', 'T', 'P', 'E', 'i']));
+        match known {
+            true => text.parse().map_err(|_| unknown()),
+            false => Err(unknown()),
+        }
     }
 }
 
@@ -65,7 +74,20 @@ mod tests {
         assert_eq!(read("4096"), Some(Size(4096)));
         assert_eq!(read("\"130MiB\""), Some(Size(130 << 20)));
         assert_eq!(read("\"1G\""), Some(Size(1 << 30)));
-        for none in ["-1", "1.5", "\"much\"", "\"\"", "null", "[1]", "true"] {
+        for none in [
+            "-1",
+            "1.5",
+            "\"much\"",
+            "\"\"",
+            "\"1.5G\"",
+            "\" 1G\"",
+            "\"1_024M\"",
+            "\"1gb\"",
+            "\"1G \"",
+            "null",
+            "[1]",
+            "true",
+        ] {
             assert_eq!(read(none), None, "{none}");
         }
     }

@@ -81,7 +81,7 @@ pub mod driver {
     pub const MIXED_ZONES: u64 = 1 << 2;
 }
 
-/// The maps at [`BootInfo::view`], one after the other, each with the same number of words.
+/// The maps at [`DeviceInfo::view`], one after the other, each with the same number of words.
 pub mod map {
     /// Blocks the driver believes plugged.
     pub const PLUGGED: usize = 0;

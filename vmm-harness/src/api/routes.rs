@@ -238,8 +238,13 @@ impl Resource {
                 "devices": instance.devices(),
             })),
             Self::Actions => {
-                let Action::InstanceStart = read::<ActionBody>(body)?.action_type;
-                instance.start()?;
+                match read::<ActionBody>(body)?.action_type.as_str() {
+                    "InstanceStart" => instance.start()?,
+                    other => {
+                        let message = format!("{other:?} is no action; InstanceStart is");
+                        return Err(ApiError::bad_request(message));
+                    }
+                }
                 Answer::Done(None)
             }
             Self::Memory(id, part) => part.answer(method, body, instance, &id)?,
@@ -309,12 +314,8 @@ impl Part {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ActionBody {
-    action_type: Action,
-}
-
-#[derive(Deserialize)]
-enum Action {
-    InstanceStart,
+    // An enum would be taken from an object as well.
+    action_type: String,
 }
 
 /// The body of `PUT /hotplug/memory`; without a size in it, the device chooses.
@@ -453,7 +454,10 @@ fn runs(map: &BlockMap) -> Value {
 }
 
 fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(ApiError::bad_request)
+    // Read in two steps: fields would be taken from an array as well, by their order.
+    let fields: serde_json::Map<String, Value> =
+        serde_json::from_slice(body).map_err(ApiError::bad_request)?;
+    T::deserialize(Value::Object(fields)).map_err(ApiError::bad_request)
 }
 
 fn no_body(body: &Bytes) -> Result<(), ApiError> {

@@ -20,6 +20,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, interval, timeout, timeout_at};
+use tokio_io_timeout::TimeoutWriter;
 
 use super::metrics;
 use super::routes::{Answer, ApiError, Resource};
@@ -45,6 +46,8 @@ pub struct Limits {
     pub head_time: Duration,
     /// For the body of a request; then it is answered 408.
     pub body_time: Duration,
+    /// For a client to read some of what it is sent; then the connection is closed.
+    pub read_time: Duration,
 }
 
 impl Default for Limits {
@@ -56,6 +59,7 @@ impl Default for Limits {
             body: 1 << 20,
             head_time: Duration::from_secs(10),
             body_time: Duration::from_secs(10),
+            read_time: Duration::from_secs(10),
         }
     }
 }
@@ -170,6 +174,9 @@ async fn accept(listener: StdListener, api: Arc<Api>) -> io::Result<()> {
 
 async fn serve_connection(stream: UnixStream, api: Arc<Api>) {
     let head_time = api.limits.head_time;
+    // Who reads nothing would keep its place, and events, for ever.
+    let mut stream = TimeoutWriter::new(stream);
+    stream.set_timeout(Some(api.limits.read_time));
     let service = service_fn(move |request| {
         let api = Arc::clone(&api);
         async move { Ok::<_, Infallible>(api.respond(request).await) }
@@ -178,7 +185,9 @@ async fn serve_connection(stream: UnixStream, api: Arc<Api>) {
         .timer(TokioTimer::new())
         .header_read_timeout(head_time)
         .max_buf_size(16 << 10)
-        .serve_connection(TokioIo::new(stream), service)
+        // `nc -N` and the like.
+        .half_close(true)
+        .serve_connection(TokioIo::new(Box::pin(stream)), service)
         .await;
     if let Err(error) = served {
         log::debug!("control API: {error}");

@@ -166,7 +166,10 @@ fn resize_linux(socket: &Path, size: Option<u64>) -> anyhow::Result<ExitCode> {
 }
 
 fn resize_running(args: &ResizeArgs, size: u64) -> anyhow::Result<ExitCode> {
-    let deadline = args.deadline.map(|deadline| Instant::now() + deadline);
+    // One that nobody lives to see is none.
+    let deadline = args
+        .deadline
+        .and_then(|deadline| Instant::now().checked_add(deadline));
     let mut body = json!({ "requested_size": size });
     if let Some(id) = &args.api.device {
         body["device"] = json!(id);

@@ -58,8 +58,8 @@ pub(crate) struct StressArgs {
     #[arg(long, value_enum, value_name = "FAULT,…", value_delimiter = ',')]
     faults: Vec<Fault>,
     /// How many guests run side by side
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    vms: usize,
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    vms: u16,
     /// What all guests together may have [default: what they can have]
     #[arg(long, value_name = "SIZE")]
     budget: Option<Size>,
@@ -157,7 +157,7 @@ pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
         rogue: args.workload == Workload::Rogue,
         faults: args.faults.iter().map(|fault| (*fault).into()).collect(),
         budget: args.budget.map(|Size(bytes)| bytes),
-        vm_count: args.vms,
+        vm_count: args.vms.into(),
         stuck_after: args.stuck_after,
         guest,
     };
@@ -176,11 +176,23 @@ pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
         show.progress(progress);
     })?;
     show.bar.finish_and_clear();
-    let command = command_line(env::args(), options.guest.seed);
+    let args_of_process = env::args_os().map(|arg| arg.to_string_lossy().into_owned());
+    let command = command_line(args_of_process, options.guest.seed);
     let mut recording = Recording::new(&options, run, command, began);
-    if let Some(dir) = &args.report {
-        report::write(dir, &recording).with_context(|| dir.display().to_string())?;
+    if let Some(failure) = &recording.failure {
+        // Before what is written elsewhere, which may fail as well.
+        let run = &recording.run;
+        writeln!(
+            io::stderr(),
+            "vmem: {failure}\nVMEM_SEED={}; to repeat: {}",
+            run.seed,
+            run.command
+        )?;
     }
+    let reported = args
+        .report
+        .as_ref()
+        .map(|dir| report::write(dir, &recording).with_context(|| dir.display().to_string()));
     recording.vms.clear();
     let mut out = io::stdout().lock();
     match args.json {
@@ -190,23 +202,14 @@ pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
         }
         false => print_summary(&mut out, &recording)?,
     }
+    reported.transpose()?;
     if let (Some(dir), false) = (&args.report, args.json) {
         writeln!(out, "report: {}", dir.join("index.html").display())?;
     }
     Ok(match recording.outcome {
         Outcome::Passed => ExitCode::SUCCESS,
         Outcome::Interrupted => ExitCode::from(4),
-        Outcome::Failed => {
-            let run = &recording.run;
-            let failure = recording.failure.as_deref().unwrap_or_default();
-            writeln!(
-                io::stderr(),
-                "vmem: {failure}\nVMEM_SEED={}; to repeat: {}",
-                run.seed,
-                run.command
-            )?;
-            ExitCode::from(1)
-        }
+        Outcome::Failed => ExitCode::from(1),
     })
 }
 

@@ -114,11 +114,13 @@ pub struct MemoryStatus {
 
 impl MemoryStatus {
     /// What a device says of itself; what its guest has to do with is left out.
-    fn of(id: &str, device: &VirtioMem, state: RunState) -> Result<Self, InstanceError> {
+    ///
+    /// Host memory is for the caller to look for: that takes a while in a large region, and there may be none yet.
+    fn of(id: &str, device: &VirtioMem, state: RunState, resident_size: u64) -> Self {
         let geometry = device.geometry();
         let handle = device.handle();
         let status = handle.status();
-        Ok(Self {
+        Self {
             id: id.into(),
             node_id: device.node_id(),
             total_size_mib: geometry.region_size() >> 20,
@@ -132,14 +134,14 @@ impl MemoryStatus {
             plugged_size: status.plugged_size,
             requested_size: status.requested_size,
             usable_region_size: status.usable_region_size,
-            resident_size: handle.resident_bytes().map_err(ControlError::Resident)?,
+            resident_size,
             slot_count: status.slot_count,
             requests: RequestStatus::list(&handle.latencies()),
             frozen: status.frozen,
             state,
             reason: None,
             guest: None,
-        })
+        }
     }
 }
 
@@ -514,8 +516,7 @@ impl Instance {
                 let requested = device.handle().status().requested_size > 0;
                 Ok(MemoryStatus {
                     reason: requested.then_some(Reason::NotStarted),
-                    resident_size: 0,
-                    ..MemoryStatus::of(id, &device, state)?
+                    ..MemoryStatus::of(id, &device, state, 0)
                 })
             }
             Phase::Started(started) => {
@@ -524,10 +525,12 @@ impl Instance {
                 let Some(device) = started.machine.devices().nth(index) else {
                     return Err(InstanceError::UnknownDevice(id.into()));
                 };
+                let resident = device.handle().resident_bytes();
+                let resident_size = resident.map_err(ControlError::Resident)?;
                 Ok(MemoryStatus {
                     reason: started.reason(controller, report),
                     guest: Some(GuestStatus::from(report)),
-                    ..MemoryStatus::of(id, device, state)?
+                    ..MemoryStatus::of(id, device, state, resident_size)
                 })
             }
             Phase::Stopped => Err(InstanceError::Ended),

@@ -134,6 +134,8 @@ struct Shared<'a> {
     resizes: AtomicU64,
     /// Raised by the first failure.
     stop: Stop,
+    /// The guest something was found wrong with first. Others that stop for it may find more wrong.
+    failing: Mutex<Option<usize>>,
     failure: Mutex<Option<Failure>>,
     vms: Vec<VmState>,
     budget: Budget,
@@ -168,9 +170,17 @@ impl Shared<'_> {
         }
     }
 
-    fn fail(&self, failure: Failure) {
-        lock(&self.failure).get_or_insert(failure);
+    /// Ends the run for what was found wrong with guest `vm`, which is to be [told](Self::fail).
+    fn stop_for(&self, vm: usize) {
+        lock(&self.failing).get_or_insert(vm);
         self.stop.raise();
+    }
+
+    fn fail(&self, failure: Failure) {
+        self.stop_for(failure.vm);
+        if *lock(&self.failing) == Some(failure.vm) {
+            lock(&self.failure).get_or_insert(failure);
+        }
     }
 
     fn progress(&self) -> Progress {
@@ -212,8 +222,19 @@ pub fn run(
 ) -> Result<Run, DemoError> {
     let plan = Plan::new(&options.guest)?;
     options.guest.check()?;
-    if options.vm_count == 0 {
+    let nothing_to_do = match options.limit {
+        Limit::Duration(duration) => duration.is_zero(),
+        Limit::Resizes(count) => count == 0,
+    };
+    if options.vm_count == 0 || nothing_to_do {
         return Err(DemoError::Options("no guest is to run".into()));
+    }
+    if options
+        .budget
+        .is_some_and(|budget| budget < plan.sizes.granule_size)
+    {
+        let reason = "the budget is less than one guest can plug";
+        return Err(DemoError::Options(reason.into()));
     }
     let stalls = options.faults.contains(&Fault::Stall);
     let on_kvm = match options.guest.guest {
@@ -241,6 +262,7 @@ pub fn run(
         interrupted,
         resizes: AtomicU64::new(0),
         stop: Stop::default(),
+        failing: Mutex::default(),
         failure: Mutex::default(),
         vms: (0..options.vm_count).map(|_| state()).collect(),
         budget,

@@ -144,13 +144,13 @@ impl<'a> Operator<'a> {
         injector: &Injector,
     ) -> (Seen, Result<(), DemoError>) {
         let over = Stop::default();
-        let stop = &self.shared.stop;
+        let (shared, vm) = (self.shared, self.vm);
         let (observer_name, injector_name) = (
             format!("vmem-observer{}", self.vm),
             format!("vmem-injector{}", self.vm),
         );
         // Whoever finds something wrong lets the operator stop, who would wait for what does not come.
-        let tell = |result: Result<(), DemoError>| result.inspect_err(|_| stop.raise());
+        let tell = |result: Result<(), DemoError>| result.inspect_err(|_| shared.stop_for(vm));
         let mut seen = Seen::default();
         let ran = thread::scope(|scope| {
             let observing = thread::Builder::new()
