@@ -16,7 +16,7 @@ use virtio_mem_wire::{BlockMap, BlockRange, BlockState};
 
 use crate::abi::{
     self, BootInfo, DriverReport, DriverState, MAX_DEVICES, MAX_VCPUS, Mailbox, Shortfall,
-    Workload, command,
+    Workload, command, map,
 };
 use crate::block_use;
 use crate::lock::SpinLock;
@@ -79,7 +79,7 @@ pub enum BootError {
     /// None at all, or more than the mailbox has room for.
     #[error("{0} memory devices")]
     DeviceCount(usize),
-    /// The map of plugged blocks does not fit where it is to be published.
+    /// The maps of its blocks do not fit where they are to be published.
     #[error("a view of {have} words, {need} needed")]
     ViewTooSmall {
         /// Words there are.
@@ -197,7 +197,8 @@ impl<P: Platform> Guest<P> {
         let mut drivers = Vec::new();
         for (index, transport) in transports.into_iter().enumerate() {
             let driver = MemDriver::probe(transport, &mut hotplug, policy)?;
-            let need = driver.plugged_map().len().div_ceil(u64::from(u64::BITS));
+            let map_words = driver.plugged_map().len().div_ceil(u64::from(u64::BITS));
+            let need = map_words * map::COUNT as u64;
             let have = platform.view(index).len();
             if need > have as u64 {
                 return Err(BootError::ViewTooSmall { have, need });
