@@ -68,7 +68,7 @@ impl Device {
         let mut core = self.lock();
         core.frozen = frozen;
         self.lock_busy().frozen = frozen;
-        self.wake_waiters(&mut core);
+        self.views.show(&core);
         drop(core);
         if !frozen {
             self.end_busy(BusyCause::Frozen);

@@ -4,12 +4,12 @@ use std::fmt::{self, Debug};
 use std::io;
 use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use virtio_mem_wire::{
-    Answer, BlockMap, BlockRange, BlockState, Features, Geometry, MutableConfig, Request, Response,
-    Span, UnknownRequest,
+    Answer, BlockMap, BlockRange, BlockState, Features, Geometry, MutableConfig, Request,
+    RequestKind, Response, Span, UnknownRequest,
 };
 
 use crate::access::BlockAccess;
@@ -21,8 +21,9 @@ use crate::dirty::DirtyBitmaps;
 use crate::events::SizeListeners;
 use crate::latency::Latencies;
 use crate::observers::Observers;
-use crate::resize::{Operation, ResizeState};
+use crate::resize::Operation;
 use crate::slots::SlotTable;
+use crate::view::{View, Views};
 
 /// How the device tells the driver that something happened. The transport implements it.
 ///
@@ -59,7 +60,7 @@ pub(crate) struct Device {
     usable_extent: u64,
     core: Mutex<Core>,
     pub(crate) busy: Mutex<Busy>,
-    changed: Condvar,
+    pub(crate) views: Views,
     /// The epoch of the queue handler that may touch the queue. Held while it does.
     active: Mutex<Option<u64>>,
     epochs: AtomicU64,
@@ -91,8 +92,6 @@ pub(crate) struct Core {
     pub(crate) failure: Option<Arc<io::Error>>,
     /// Runs of which nobody knows any more who has them, after a failure that could not be undone.
     pub(crate) suspect: Vec<BlockRange>,
-    /// Raised with every change that somebody may wait for.
-    pub(crate) changes: u64,
 }
 
 /// What an operator sees of a device, all at one moment.
@@ -108,6 +107,8 @@ pub struct Status {
     pub slot_count: u64,
     /// Whether requests are held off, see [`Handle::freeze`](crate::Handle::freeze).
     pub frozen: bool,
+    /// The PLUG, UNPLUG or UNPLUG ALL that is being carried out, and since when. All else is as it was before.
+    pub serving: Option<(RequestKind, Instant)>,
     /// The last answer to PLUG, UNPLUG or UNPLUG ALL, and when it was given.
     pub last_answer: Option<(Answer, Instant)>,
     /// A host failure that could not be undone. The device answers BUSY from then on.
@@ -171,6 +172,19 @@ impl Device {
             }
         };
         let access = BlockAccess::new(geometry.block_count(), Box::new(on_unpinned));
+        let core = Core {
+            slots: setup.slots,
+            observers: setup.observers,
+            sizes: MutableConfig::default(),
+            frozen: false,
+            removed: false,
+            operation: Operation::new(setup.requested_size),
+            last_change: Instant::now(),
+            last_answer: None,
+            refused_since: None,
+            failure: None,
+            suspect: Vec::new(),
+        };
         let device = Self {
             geometry,
             access: Arc::new(access),
@@ -187,22 +201,9 @@ impl Device {
             size_listeners: SizeListeners::default(),
             keep_on_system_reset: setup.keep_on_system_reset,
             usable_extent: setup.usable_extent,
-            core: Mutex::new(Core {
-                slots: setup.slots,
-                observers: setup.observers,
-                sizes: MutableConfig::default(),
-                frozen: false,
-                removed: false,
-                operation: Operation::new(setup.requested_size),
-                last_change: Instant::now(),
-                last_answer: None,
-                refused_since: None,
-                failure: None,
-                suspect: Vec::new(),
-                changes: 0,
-            }),
+            views: Views::new(View::of(&core)),
+            core: Mutex::new(core),
             busy: Mutex::default(),
-            changed: Condvar::new(),
             active: Mutex::new(None),
             epochs: AtomicU64::new(0),
             ready: AtomicBool::new(false),
@@ -227,6 +228,9 @@ impl Device {
         };
         let started = Instant::now();
         let mut core = self.lock();
+        if !matches!(request, Request::State(_)) {
+            self.views.begin(request.kind(), started);
+        }
         let held_before = self.holdings(&core);
         let result = match request {
             Request::Plug(span) => self.plug(&mut core, span),
@@ -409,11 +413,8 @@ impl Device {
         if core.sizes.plugged_size != before.plugged_size {
             core.last_change = Instant::now();
         }
-        if core.sizes.plugged_size == core.sizes.requested_size {
-            core.operation.end(ResizeState::Settled);
-        }
         self.config.publish(core.sizes);
-        self.wake_waiters(core);
+        self.views.show(core);
         if core.sizes != before {
             self.size_listeners.signal();
             self.publish_gauges(&core.sizes);
@@ -427,53 +428,13 @@ impl Device {
         }
     }
 
-    pub(crate) fn status(&self) -> Status {
-        Self::status_of(&self.lock())
-    }
-
-    /// Waits until `done` says so of a snapshot, or until `deadline`; the snapshot then, and whether it is
-    /// done.
-    pub(crate) fn wait_for<T>(
-        &self,
-        deadline: Instant,
-        snapshot: impl Fn(&Core) -> T,
-        done: impl Fn(&T) -> bool,
-    ) -> (T, bool) {
-        loop {
-            let core = self.lock();
-            let (now, seen) = (snapshot(&core), core.changes);
-            drop(core);
-            // The caller's, so without the lock.
-            if done(&now) {
-                return (now, true);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return (now, false);
-            }
-            let unchanged = |core: &mut Core| core.changes == seen;
-            drop(
-                self.changed
-                    .wait_timeout_while(self.lock(), left, unchanged),
-            );
+    /// What is seen now; never waits for a request.
+    pub(crate) fn view(&self) -> View {
+        if self.core.is_poisoned() {
+            // What panicked could not show that.
+            drop(self.lock());
         }
-    }
-
-    pub(crate) fn status_of(core: &Core) -> Status {
-        Status {
-            requested_size: core.sizes.requested_size,
-            plugged_size: core.sizes.plugged_size,
-            usable_region_size: core.sizes.usable_region_size,
-            slot_count: core.slots.mapped_count(),
-            frozen: core.frozen,
-            last_answer: core.last_answer,
-            failure: core.failure.clone(),
-        }
-    }
-
-    pub(crate) fn wake_waiters(&self, core: &mut Core) {
-        core.changes = core.changes.wrapping_add(1);
-        self.changed.notify_all();
+        self.views.latest()
     }
 
     /// Counts one in `total`, and as `event` for the `metrics` facade; whether to log it, see [`Total::count`].
@@ -517,7 +478,7 @@ impl Device {
         let mut core = self.lock();
         core.last_answer = None;
         core.refused_since = None;
-        self.wake_waiters(&mut core);
+        self.views.show(&core);
     }
 
     /// From here to [`resume`](Self::resume) the queue handler begins no other request.
@@ -561,6 +522,8 @@ impl Device {
             let mut core = poisoned.into_inner();
             let panicked = || Arc::new(io::Error::other("a part of the VMM panicked"));
             core.failure.get_or_insert_with(panicked);
+            self.core.clear_poison();
+            self.views.show(&core);
             core
         })
     }

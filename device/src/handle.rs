@@ -45,7 +45,7 @@ pub enum ResizeError {
 
 impl Handle {
     /// Asks the driver to have `size` bytes plugged. Takes effect when the driver acts; a driver that is not
-    /// there yet finds it when it comes.
+    /// there yet finds it when it comes. Waits for a request that is being carried out.
     ///
     /// What is returned watches the resize, waits for it or cancels it, and may as well be dropped.
     ///
@@ -56,10 +56,11 @@ impl Handle {
         self.0.resize(size)
     }
 
-    /// The device as it is now.
+    /// The device as it is now; while it carries out a request, as it was before, with
+    /// [`serving`](Status::serving) set. Never waits for a request: it is how a host that does not answer is found.
     #[must_use]
     pub fn status(&self) -> Status {
-        self.0.status()
+        self.0.view().status
     }
 
     /// Waits until `done` says so, without polling.
@@ -72,7 +73,11 @@ impl Handle {
         deadline: Instant,
         done: impl Fn(&Status) -> bool,
     ) -> Result<Status, Status> {
-        match self.0.wait_for(deadline, Device::status_of, done) {
+        match self
+            .0
+            .views
+            .wait_for(deadline, |view| view.status.clone(), done)
+        {
             (status, true) => Ok(status),
             (status, false) => Err(status),
         }

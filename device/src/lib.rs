@@ -60,6 +60,7 @@ mod slots;
 mod split;
 mod state;
 mod transition;
+mod view;
 mod worker;
 
 use std::sync::Arc;

@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use virtio_mem_wire::Answer;
 
-use crate::device::{Core, Device};
+use crate::device::Device;
 use crate::handle::{ResizeError, check_size};
+use crate::view::View;
 
 /// A resize under way, or how it ended. Cheap to clone.
 ///
@@ -101,10 +102,10 @@ impl Operation {
 }
 
 impl Resize {
-    /// How far it has come.
+    /// How far it has come. Never waits for a request that is being served.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        self.progress_in(&self.device.lock())
+        self.progress_in(&self.device.view())
     }
 
     /// Waits until the size is there, without polling.
@@ -113,9 +114,9 @@ impl Resize {
     ///
     /// [`WaitError`] if it ended otherwise, or has not ended at `deadline`.
     pub fn wait(&self, deadline: Instant) -> Result<Progress, WaitError> {
-        let (progress, _) = self.device.wait_for(
+        let (progress, _) = self.device.views.wait_for(
             deadline,
-            |core| self.progress_in(core),
+            |view| self.progress_in(view),
             |_| self.operation.end.get().is_some(),
         );
         match progress.state {
@@ -136,18 +137,18 @@ impl Resize {
         self.device.cancel(&self.operation)
     }
 
-    fn progress_in(&self, core: &Core) -> Progress {
+    fn progress_in(&self, view: &View) -> Progress {
         let operation = &self.operation;
-        let live = match (core.refused_since, core.last_answer) {
+        let live = match (view.refused_since, view.status.last_answer) {
             (Some(since), Some((last_answer, _))) => ResizeState::Stalled { last_answer, since },
             _ => ResizeState::Converging,
         };
         Progress {
             requested_size: operation.size,
-            plugged_size: core.sizes.plugged_size,
+            plugged_size: view.status.plugged_size,
             state: operation.end.get().copied().unwrap_or(live),
             driver_ready: self.device.is_ready(),
-            last_change: core.last_change.max(operation.started),
+            last_change: view.last_change.max(operation.started),
         }
     }
 }

@@ -92,6 +92,10 @@ fn part_of_the_vmm_that_panics_stops_the_device() {
     assert!(std::panic::catch_unwind(unplug).is_err());
     let failure = rig.handle.status().failure.expect("the device has failed");
     assert_eq!(failure.to_string(), "a part of the VMM panicked");
+    assert_eq!(rig.handle.status().serving, None);
+    // For good.
+    assert_eq!(rig.plug(1, 1), Response::Busy);
+    assert!(rig.handle.status().failure.is_some());
 }
 
 #[test]

@@ -6,16 +6,21 @@ mod rig;
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rig::{
     AVAIL_RING, BUFFERS, DESC_TABLE, GIB, Memory, REGION, Rig, USED_RING, blocks, driver_features,
     queue_at, readable, writable,
 };
 use virtio_mem::wire::{Answer, Request, RequestKind};
-use virtio_mem::{Interrupt, QueueHandler, Served, Slot, SlotMapper, WorkerDied};
+use virtio_mem::{Interrupt, QueueHandler, ResizeState, Served, Slot, SlotMapper, WorkerDied};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// How long a test that fails takes.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A hypervisor that makes no slot until it is let, and says when it is asked.
 #[derive(Debug)]
@@ -149,10 +154,13 @@ fn panic_of_a_trait_of_the_vmm_is_an_error_of_stop() {
 }
 
 #[test]
-fn config_reads_and_size_events_do_not_wait_for_a_request_that_is_stuck() {
+fn looking_at_the_device_does_not_wait_for_a_request_that_is_stuck() {
     let (mut rig, is_stuck, release) = stuck_rig();
     let (handler, notify, answers) = activate(&rig);
     let mut events = rig.handle.size_events().unwrap();
+    let resize = rig.handle.resize(GIB).unwrap();
+    let before = rig.handle.status();
+    assert_eq!(before.serving, None);
     submit_plug(&mut rig, 0);
     let worker = handler.spawn("memory").unwrap();
     notify.write(1).unwrap();
@@ -164,10 +172,28 @@ fn config_reads_and_size_events_do_not_wait_for_a_request_that_is_stuck() {
     assert_eq!(rig.handle.counters().host_failures, 0);
     assert_eq!(rig.handle.latencies(), virtio_mem::Latencies::default());
     assert_eq!(events.take(), None);
+    let during = rig.handle.status();
+    let (request, since) = during.serving.unwrap();
+    assert_eq!(request, RequestKind::Plug);
+    assert_eq!(
+        (during.plugged_size, during.slot_count, during.last_answer),
+        (0, before.slot_count, None)
+    );
+    assert_eq!(resize.progress().state, ResizeState::Converging);
+    let now = Instant::now();
+    assert!(since <= now);
+    assert!(resize.wait(now).is_err() && rig.handle.wait_until(now, |_| false).is_err());
+    let served = rig.handle.clone();
+    let waits = thread::spawn(move || {
+        served.wait_until(Instant::now() + TIMEOUT, |status| status.serving.is_none())
+    });
     release.send(()).unwrap();
     answers.recv().unwrap();
     assert_ne!(rig.device.config_generation(), generation);
     assert_eq!(events.take(), Some(rig.config().mutable));
+    let after = waits.join().unwrap().unwrap();
+    assert_eq!(after.plugged_size, rig.handle.status().plugged_size);
+    assert!(after.plugged_size > 0 && after.last_answer.is_some_and(|(_, when)| when >= since));
     drop(worker);
 }
 

@@ -149,6 +149,7 @@ mod tests {
         usable_region_size: 64 << 20,
         slot_count: 0,
         frozen: false,
+        serving: None,
         last_answer: None,
         failure: None,
     };

@@ -106,6 +106,7 @@ mod tests {
             usable_region_size: 1 << 30,
             slot_count: 1,
             frozen: false,
+            serving: None,
             last_answer: None,
             failure: None,
         }
