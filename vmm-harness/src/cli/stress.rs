@@ -27,7 +27,8 @@ Checked all the time: pages are what the guest wrote; no more is resident than p
 reason. Whenever the guest has settled, too: device and driver have the same blocks; no slot, mapping, descriptor or
 thread is left over. The first failure ends the run.
 
-A seed repeats what is asked for, what goes wrong and when, and what the guest chooses; not the timing of threads.
+A seed repeats which sizes are asked for, which faults are tried and when, and what the guest chooses; not the timing
+of threads.
 
 Examples:
   vmem stress --duration 10m --workload mixed --pattern random --report out
@@ -171,24 +172,31 @@ pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
     }
     let interrupted = stress::interrupted_by_signals()?;
     let began = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
-    let mut show = Show::new(options.limit);
-    let run = stress::run(&options, &interrupted, &mut |progress| {
-        show.progress(progress);
-    })?;
-    show.bar.finish_and_clear();
     let args_of_process = env::args_os().map(|arg| arg.to_string_lossy().into_owned());
     let command = command_line(args_of_process, options.guest.seed);
-    let mut recording = Recording::new(&options, run, command, began);
-    if let Some(failure) = &recording.failure {
-        // Before what is written elsewhere, which may fail as well.
-        let run = &recording.run;
-        writeln!(
-            io::stderr(),
-            "vmem: {failure}\nVMEM_SEED={}; to repeat: {}",
-            run.seed,
-            run.command
-        )?;
-    }
+    let mut show = Show::new(options.limit);
+    let mut told = false;
+    let run = stress::run(
+        &options,
+        &interrupted,
+        &mut |progress| match &progress.failure {
+            // At once: a host that does not answer may keep the run from its end, and what is written then may fail.
+            Some(failure) if !told => {
+                told = true;
+                show.bar.finish_and_clear();
+                let (text, seed) = (failure.text(), options.guest.seed);
+                // Nobody is left to tell if standard error is gone.
+                let _ = writeln!(
+                    io::stderr(),
+                    "vmem: {text}\nVMEM_SEED={seed}; to repeat: {command}"
+                );
+            }
+            Some(_) => {}
+            None => show.progress(progress),
+        },
+    )?;
+    show.bar.finish_and_clear();
+    let mut recording = Recording::new(&options, run, command.clone(), began);
     let reported = args
         .report
         .as_ref()
@@ -221,7 +229,7 @@ fn seed_of_environment() -> anyhow::Result<Option<u64>> {
     Ok(Some(seed.parse().map_err(wrong)?))
 }
 
-/// The line that repeats a run, fit for a shell.
+/// The line that repeats a run, fit for a shell, without its report.
 fn command_line(args: impl Iterator<Item = String>, seed: u64) -> String {
     let quoted = |arg: String| {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_./,=:+@%".contains(c);
@@ -231,7 +239,15 @@ fn command_line(args: impl Iterator<Item = String>, seed: u64) -> String {
         }
     };
     let mut words = vec!["vmem".to_owned()];
-    words.extend(args.skip(1).map(quoted));
+    let mut args = args.skip(1);
+    while let Some(arg) = args.next() {
+        // What was found is not to be overwritten by what is found next.
+        match arg.as_str() {
+            "--report" => drop(args.next()),
+            arg if arg.starts_with("--report=") => {}
+            _ => words.push(quoted(arg)),
+        }
+    }
     if !words
         .iter()
         .any(|word| word == "--seed" || word.starts_with("--seed="))
@@ -274,6 +290,7 @@ impl Show {
             resizes,
             blocks_moved,
             pages_verified,
+            ..
         } = *progress;
         let line = format!(
             "{resizes} resizes ({:.1}/s), {blocks_moved} blocks moved, {pages_verified} pages verified",
@@ -394,8 +411,12 @@ mod tests {
             "vmem stress --seed=8"
         );
         assert_eq!(
-            line(&["vmem", "stress", "--report", "a b'c"]),
-            "vmem stress --report 'a b'\\''c' --seed 7"
+            line(&["vmem", "stress", "--backing", "a b'c"]),
+            "vmem stress --backing 'a b'\\''c' --seed 7"
+        );
+        assert_eq!(
+            line(&["vmem", "stress", "--report", "a", "--json", "--report=b"]),
+            "vmem stress --json --seed 7"
         );
     }
 }

@@ -136,10 +136,7 @@ pub(crate) fn step(
         })?;
     }
     let counters = handle.counters();
-    let broken = counters.unusable_chains + counters.unknown_requests + counters.queue_errors;
-    check("driver-speaks-the-protocol", broken == 0, || {
-        format!("{counters:?}")
-    })?;
+    protocol(&counters)?;
     let answered = requests(&counters);
     check(
         "requests-are-counted-alike",
@@ -153,6 +150,14 @@ pub(crate) fn step(
         || format!("{failures:?}: {counters:?}"),
     )?;
     Ok(resident)
+}
+
+/// What must hold of the driver's requests at any time.
+pub(crate) fn protocol(counters: &Counters) -> Result<(), CheckFailed> {
+    let broken = counters.unusable_chains + counters.unknown_requests + counters.queue_errors;
+    check("driver-speaks-the-protocol", broken == 0, || {
+        format!("{counters:?}")
+    })
 }
 
 /// Requests the device has answered.

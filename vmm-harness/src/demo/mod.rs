@@ -203,6 +203,7 @@ pub struct Rogue {
 ///
 /// [`DemoError`]: bad options, a guest that does not start or get on, or a failed check with its name.
 pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoError> {
+    options.check()?;
     let plan = Plan::new(options)?;
     let most = plan.targets.iter().max().copied().unwrap_or(0);
     check_pool(options.backing, most)?;

@@ -7,6 +7,7 @@ use virtio_mem_driver::driver::{Mode, Policy, Sizes, Strategy};
 use virtio_mem_driver::hotplug::Profile;
 use virtio_mem_wire::Geometry;
 use vm_memory::GuestAddress;
+use vmem_guest::abi::MAX_VCPUS;
 
 use super::DemoError;
 use super::table::size;
@@ -88,6 +89,10 @@ impl DemoOptions {
     /// Whether the options go together; no more is looked at than the options.
     pub(crate) fn check(&self) -> Result<(), DemoError> {
         Plan::new(self)?;
+        if !(1..=MAX_VCPUS).contains(&self.vcpu_count) {
+            let reason = format!("{} vCPUs are not 1 to {MAX_VCPUS}", self.vcpu_count);
+            return Err(DemoError::Options(reason));
+        }
         match self.slot_size {
             Some(slot_size) if slot_size == 0 || !slot_size.is_multiple_of(self.block_size) => {
                 Err(DemoError::Options(format!(

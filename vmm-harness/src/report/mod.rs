@@ -84,6 +84,8 @@ pub struct Sample {
     pub requested: u64,
     /// What is plugged.
     pub plugged: u64,
+    /// Most that was plugged at a time while `online` and `resident` were measured.
+    pub most_plugged: u64,
     /// Hotplugged memory the guest's page allocator works with.
     pub online: u64,
     /// Host memory behind the region.
@@ -113,14 +115,6 @@ impl Recording {
     #[must_use]
     pub fn new(options: &StressOptions, run: stress::Run, command: String, began: String) -> Self {
         let guest = &options.guest;
-        let mut failure: Option<String> = None;
-        if let Some(failed) = &run.failure {
-            let text =
-                std::iter::successors(Some(failed as &dyn std::error::Error), |e| e.source())
-                    .map(ToString::to_string)
-                    .collect::<Vec<_>>();
-            failure = Some(text.join(": "));
-        }
         Self {
             run: Run {
                 command,
@@ -139,7 +133,7 @@ impl Recording {
                 (None, true) => Outcome::Interrupted,
                 (None, false) => Outcome::Passed,
             },
-            failure,
+            failure: run.failure.map(|failure| failure.text()),
             summary: run.summary,
             vms: run.vms,
         }
@@ -165,7 +159,7 @@ pub fn write(dir: &Path, recording: &Recording) -> io::Result<()> {
 fn samples(recording: &Recording, out: &mut dyn Write) -> io::Result<()> {
     writeln!(
         out,
-        "vm,seconds,requested,plugged,online,resident,resizes,blocks_plugged,blocks_unplugged,pages_verified"
+        "vm,seconds,requested,plugged,most_plugged,online,resident,resizes,blocks_plugged,blocks_unplugged,pages_verified"
     )?;
     for (index, vm) in recording.vms.iter().enumerate() {
         for sample in &vm.samples {
@@ -173,6 +167,7 @@ fn samples(recording: &Recording, out: &mut dyn Write) -> io::Result<()> {
                 seconds,
                 requested,
                 plugged,
+                most_plugged,
                 online,
                 resident,
                 resizes,
@@ -182,7 +177,7 @@ fn samples(recording: &Recording, out: &mut dyn Write) -> io::Result<()> {
             } = sample;
             writeln!(
                 out,
-                "{index},{seconds:.6},{requested},{plugged},{online},{resident},{resizes},{blocks_plugged},\
+                "{index},{seconds:.6},{requested},{plugged},{most_plugged},{online},{resident},{resizes},{blocks_plugged},\
                  {blocks_unplugged},{pages_verified}"
             )?;
         }

@@ -1,5 +1,6 @@
 //! What this process holds, by the kernel's word: descriptors, threads, mappings.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::ops::Range;
@@ -9,13 +10,14 @@ use std::time::{Duration, Instant};
 use virtio_mem::VirtioMem;
 
 use crate::demo::CheckFailed;
+use crate::demo::checks::check;
 
 /// How long a descriptor or thread may take to be gone for good: others look at /proc as well, and a thread that was
 /// joined is still listed for a moment.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Larger than what an allocator reserves for a thread: guest memory.
-const LARGE: u64 = 96 << 20;
+/// What the allocator reserves for a thread at the most; larger is guest memory.
+const LARGE: u64 = 64 << 20;
 
 /// Descriptors, threads, and bytes of large mappings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +33,7 @@ impl Census {
         Ok(Self {
             descriptors: fs::read_dir("/proc/self/fd")?.count(),
             threads: fs::read_dir("/proc/self/task")?.count(),
-            large_mappings: large.filter(|len| *len >= LARGE).sum(),
+            large_mappings: large.filter(|len| *len > LARGE).sum(),
         })
     }
 
@@ -87,15 +89,44 @@ impl From<LeakError> for crate::demo::DemoError {
     }
 }
 
-/// Where the region of `device` is in this process.
-pub(super) fn region_of(device: &VirtioMem) -> Range<u64> {
+/// Slots there are, by the device's count and by that of who makes them, if somebody does, against slots there must be,
+/// by what is plugged.
+pub(super) fn no_slot_leaked(device: &VirtioMem, made: Option<u64>) -> Result<(), CheckFailed> {
+    let handle = device.handle();
+    let per_slot = device.slot_size() / device.geometry().block_size();
+    let plugged = handle.plugged();
+    let needed: BTreeSet<u64> = plugged
+        .runs()
+        .flat_map(|run| run.first / per_slot..=(run.end() - 1) / per_slot)
+        .collect();
+    let needed = needed.len() as u64;
+    let counted = handle.status().slot_count;
+    let made = made.unwrap_or(counted);
+    check(
+        "no-slot-leaked",
+        (made, counted) == (needed, needed),
+        || {
+            format!(
+                "{needed} slots have plugged blocks; {made} were made, the device counts {counted}"
+            )
+        },
+    )
+}
+
+/// Each run of plugged blocks is a mapping and so is what lies between two.
+pub(super) fn no_mapping_leaked(device: &VirtioMem) -> Result<(), LeakError> {
+    let runs = device.handle().plugged().run_count();
     let backing = device.backing();
     let start = backing.host_address().as_ptr().addr() as u64;
-    start..start + backing.len()
+    let mappings = mappings_in(&(start..start + backing.len()))?;
+    let most = 2 * runs as usize + 1;
+    Ok(check("no-mapping-leaked", mappings <= most, || {
+        format!("the region is {mappings} mappings with {runs} runs of plugged blocks")
+    })?)
 }
 
 /// The number of mappings in `range`.
-pub(super) fn mappings_in(range: &Range<u64>) -> io::Result<usize> {
+fn mappings_in(range: &Range<u64>) -> io::Result<usize> {
     let inside = |m: &Range<u64>| m.start < range.end && range.start < m.end;
     Ok(mappings()?.into_iter().filter(inside).count())
 }
@@ -115,6 +146,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use virtio_mem::{Anonymous, Backing};
+    use vm_memory::GuestAddress;
 
     use super::*;
 
@@ -136,6 +168,24 @@ mod tests {
         assert_eq!(mappings_in(&region).unwrap(), 3);
         drop((file, backing, end));
         waits.join().unwrap().unwrap_err();
+    }
+
+    #[test]
+    fn slots_and_mappings_that_nobody_needs_are_found() {
+        let backing = Anonymous::base_pages(1 << 30).unwrap();
+        let builder = VirtioMem::builder(GuestAddress(4 << 30), backing).block_size(2 << 20);
+        let device = builder.build().unwrap();
+        assert_eq!(no_slot_leaked(&device, None), Ok(()));
+        assert_eq!(no_slot_leaked(&device, Some(0)), Ok(()));
+        let leaked = no_slot_leaked(&device, Some(1)).unwrap_err();
+        assert_eq!(leaked.name, "no-slot-leaked");
+        no_mapping_leaked(&device).unwrap();
+        // Without the device.
+        device.backing().open(2 << 20..4 << 20).unwrap();
+        match no_mapping_leaked(&device).unwrap_err() {
+            LeakError::Check(leaked) => assert_eq!(leaked.name, "no-mapping-leaked"),
+            LeakError::Io(error) => panic!("{error}"),
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use virtio_mem_wire::{Answer, RequestKind};
 
 use super::stop::Stop;
 use super::{StressOptions, lock};
@@ -100,10 +101,7 @@ impl Injector {
                 Fault::Open => self.host_call(machine, HostCall::Open, over)?,
                 Fault::Discard => self.host_call(machine, HostCall::Discard, over)?,
                 Fault::Slot => self.host_call(machine, HostCall::Slot, over)?,
-                Fault::Busy => {
-                    storm(machine, &mut random, over);
-                    true
-                }
+                Fault::Busy => storm(machine, &mut random, over),
                 Fault::Stall => {
                     let vcpu = random.usize(0..self.vcpu_count);
                     stall(machine, vcpu, below(&mut random, STALL), over)
@@ -173,14 +171,22 @@ fn below(random: &mut fastrand::Rng, duration: Duration) -> Duration {
     Duration::from_micros(random.u64(0..duration.as_micros() as u64))
 }
 
-fn storm(machine: &Machine, random: &mut fastrand::Rng, over: &Stop) {
+/// Whether a request has come into it.
+fn storm(machine: &Machine, random: &mut fastrand::Rng, over: &Stop) -> bool {
     let handle = machine.handle();
+    let held_off = || -> u64 {
+        let counters = handle.counters();
+        let busy = RequestKind::ALL.map(|kind| counters.requests(kind, Answer::Busy));
+        busy.iter().sum()
+    };
+    let before = held_off();
     for _ in 0..random.u64(1..=STORM.0) {
         handle.freeze();
         over.wait(below(random, STORM.1));
         handle.thaw();
         over.wait(below(random, STORM.1));
     }
+    held_off() > before
 }
 
 fn stall(machine: &Machine, vcpu: usize, duration: Duration, over: &Stop) -> bool {

@@ -11,9 +11,11 @@
 //! A guest lives for some hundred resizes and is then ended, all its pages verified; what the process holds then is
 //! compared with what it held before.
 //!
-//! All the host chooses follows from the seed. What does not: the timing of threads, and with it where a resize is when
-//! the next one comes, and which pages a worker of the guest has when blocks go.
+//! Sizes, waits and faults, and the moments these are tried at, follow from the seed, and so does what the guest chooses.
+//! What does not is the timing of threads: where a resize is when the next one comes, which request a fault hits, which
+//! pages a worker has when blocks go, and what is granted to whom under a budget.
 
+mod blocks;
 mod budget;
 mod census;
 mod injector;
@@ -31,7 +33,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
 use thiserror::Error;
 
 pub use self::injector::Fault;
@@ -95,6 +96,16 @@ pub struct Failure {
     pub source: DemoError,
 }
 
+impl Failure {
+    /// What happened and what led to it, in a line.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let errors = std::iter::successors(Some(self as &dyn std::error::Error), |e| e.source());
+        let texts: Vec<_> = errors.map(ToString::to_string).collect();
+        texts.join(": ")
+    }
+}
+
 /// How a run ended.
 #[derive(Debug)]
 pub struct Run {
@@ -105,13 +116,13 @@ pub struct Run {
     /// What the guests ran on.
     pub backend: String,
     /// The first failure.
-    pub failure: Option<Failure>,
+    pub failure: Option<Arc<Failure>>,
     /// Whether it was told to end early.
     pub interrupted: bool,
 }
 
 /// What those who wait for a run see of it.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default)]
 pub struct Progress {
     /// Since the run began.
     pub elapsed: Duration,
@@ -121,6 +132,8 @@ pub struct Progress {
     pub blocks_moved: u64,
     /// Pages read back and found right.
     pub pages_verified: u64,
+    /// What has failed. The run ends as soon as it can, which is never if the host does not answer.
+    pub failure: Option<Arc<Failure>>,
 }
 
 /// What all threads of a run share.
@@ -134,9 +147,7 @@ struct Shared<'a> {
     resizes: AtomicU64,
     /// Raised by the first failure.
     stop: Stop,
-    /// The guest something was found wrong with first. Others that stop for it may find more wrong.
-    failing: Mutex<Option<usize>>,
-    failure: Mutex<Option<Failure>>,
+    failure: Mutex<Option<Arc<Failure>>>,
     vms: Vec<VmState>,
     budget: Budget,
     backend: Mutex<String>,
@@ -159,34 +170,56 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared<'_> {
-    /// Whether there is time, or are resizes, left.
+    /// Whether nothing has failed, and nobody wants it to end.
     fn goes_on(&self) -> bool {
-        if self.stop.is_raised() || self.interrupted.load(Ordering::Relaxed) {
-            return false;
-        }
+        !self.stop.is_raised() && !self.interrupted.load(Ordering::Relaxed)
+    }
+
+    /// Whether there is time, or are resizes, left.
+    fn is_enough(&self) -> bool {
         match self.options.limit {
-            Limit::Duration(duration) => self.began.elapsed() < duration,
-            Limit::Resizes(count) => self.resizes.load(Ordering::Relaxed) < count,
+            Limit::Duration(duration) => self.began.elapsed() >= duration,
+            Limit::Resizes(count) => self.resizes.load(Ordering::Relaxed) >= count,
         }
     }
 
-    /// Ends the run for what was found wrong with guest `vm`, which is to be [told](Self::fail).
-    fn stop_for(&self, vm: usize) {
-        lock(&self.failing).get_or_insert(vm);
+    /// Takes the next resize, if there is one to be done.
+    fn next_resize(&self) -> bool {
+        let most = match self.options.limit {
+            Limit::Duration(_) if self.is_enough() => return false,
+            Limit::Duration(_) => u64::MAX,
+            Limit::Resizes(count) => count,
+        };
+        let taken = self
+            .resizes
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |resizes| {
+                (resizes < most).then_some(resizes + 1)
+            });
+        taken.is_ok()
+    }
+
+    /// Notes what was found wrong with guest `vm`, and ends the run. What is found later may follow from the first, or
+    /// from ending.
+    fn fail(&self, vm: usize, source: DemoError) {
+        let live = lock(&self.vms[vm].live);
+        let (resize, target) = (live.resizes, live.requested);
+        drop(live);
+        lock(&self.failure).get_or_insert_with(|| {
+            Arc::new(Failure {
+                vm,
+                resize,
+                target,
+                source,
+            })
+        });
         self.stop.raise();
-    }
-
-    fn fail(&self, failure: Failure) {
-        self.stop_for(failure.vm);
-        if *lock(&self.failing) == Some(failure.vm) {
-            lock(&self.failure).get_or_insert(failure);
-        }
     }
 
     fn progress(&self) -> Progress {
         let mut progress = Progress {
             elapsed: self.began.elapsed(),
             resizes: self.resizes.load(Ordering::Relaxed),
+            failure: lock(&self.failure).clone(),
             ..Progress::default()
         };
         for vm in &self.vms {
@@ -198,16 +231,13 @@ impl Shared<'_> {
     }
 }
 
-/// What SIGINT and SIGTERM set from now on, for [`run`]. Once in a process.
+/// What SIGINT and SIGTERM set from now on, for [`run`]. A second one ends the process at once.
 ///
 /// # Errors
 ///
-/// If the host has no thread or descriptor left.
+/// If a handler cannot be set.
 pub fn interrupted_by_signals() -> io::Result<Arc<AtomicBool>> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let set = Arc::clone(&interrupted);
-    signals::on_termination(move || set.store(true, Ordering::Relaxed))?;
-    Ok(interrupted)
+    signals::catch()
 }
 
 /// Runs until the limit is reached, the first check fails or `interrupted` is set; tells `progress` now and then.
@@ -262,7 +292,6 @@ pub fn run(
         interrupted,
         resizes: AtomicU64::new(0),
         stop: Stop::default(),
-        failing: Mutex::default(),
         failure: Mutex::default(),
         vms: (0..options.vm_count).map(|_| state()).collect(),
         budget,
@@ -289,12 +318,7 @@ pub fn run(
     if lock(&shared.failure).is_none()
         && let Err(leak) = shared.census.nothing_leaked()
     {
-        shared.fail(Failure {
-            vm: 0,
-            resize: shared.resizes.load(Ordering::Relaxed),
-            target: 0,
-            source: leak.into(),
-        });
+        shared.fail(0, leak.into());
     }
     progress(&shared.progress());
     let mut summary = Summary::default();

@@ -3,15 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use virtio_mem::Handle;
-use virtio_mem_wire::{Answer, RequestKind};
+use virtio_mem::Status;
 
-use super::operator::BlockCount;
+use super::blocks::Blocks;
 use super::stop::Stop;
 use super::watch::Watch;
 use super::{Shared, lock};
 use crate::control::Reason;
-use crate::demo::checks::{check, no_page_lost};
+use crate::demo::checks::{self, CheckFailed, check};
 use crate::demo::{DemoError, pages_verified};
 use crate::{Machine, Report, report};
 
@@ -34,19 +33,66 @@ pub(super) struct Observer<'a> {
     pub(super) shared: &'a Shared<'a>,
     pub(super) vm: usize,
     pub(super) machine: &'a Machine,
-    pub(super) blocks: &'a BlockCount,
+    pub(super) blocks: &'a Blocks,
     /// What lives before this one have counted.
     pub(super) before: report::Sample,
+}
+
+/// What one look has seen.
+#[derive(Debug)]
+struct Look {
+    report: Report,
+    /// The device after the report.
+    status: Status,
+    sizes: Sizes,
+}
+
+/// Sizes that go together, although they are measured one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sizes {
+    /// Most bytes plugged at a time while the others were measured.
+    most_plugged: u64,
+    /// What the guest works with.
+    online: u64,
+    /// Host memory behind the region.
+    resident: u64,
+}
+
+impl Sizes {
+    /// The guest works with memory between the answer to a PLUG and its UNPLUG, and only what it may touch can be
+    /// resident: both are at any time no more than is plugged then, of which there was no more than the most.
+    fn check(self) -> Result<(), CheckFailed> {
+        let Self {
+            most_plugged,
+            online,
+            resident,
+        } = self;
+        check("resident-within-plugged", resident <= most_plugged, || {
+            format!("{resident} bytes are resident, {most_plugged} were plugged at the most")
+        })?;
+        check("online-within-plugged", online <= most_plugged, || {
+            format!("the guest works with {online} bytes, {most_plugged} were plugged at the most")
+        })
+    }
 }
 
 impl Observer<'_> {
     /// Looks until `over` is raised.
     pub(super) fn run(&self, over: &Stop, seen: &mut Seen) -> Result<(), DemoError> {
         let mut watch = Watch::new(self.shared.options.stuck_after, Instant::now());
+        let mut most_plugged = 0;
         while !over.wait(INTERVAL) {
-            let (reason, unmovable) = self.look(&mut watch)?;
+            let look = self.look(&mut most_plugged)?;
+            // What is wrong is in the record as well.
+            self.record(&look);
+            let reason = self.check(&look, &mut watch)?;
+            let unmovable = look
+                .report
+                .workers
+                .iter()
+                .map(|worker| worker.pages_unmovable);
             seen.observations += 1;
-            seen.most_unmovable = seen.most_unmovable.max(unmovable);
+            seen.most_unmovable = seen.most_unmovable.max(unmovable.sum());
             if let Some(reason) = reason {
                 *seen.reasons.entry(reason).or_default() += 1;
             }
@@ -54,64 +100,88 @@ impl Observer<'_> {
         Ok(())
     }
 
-    /// Why the size is not there, if it is not, and how many pages cannot be moved.
-    fn look(&self, watch: &mut Watch) -> Result<(Option<Reason>, u64), DemoError> {
+    /// Nothing of this waits for the device: it may have been left alone by the host. `most_plugged` is kept from look
+    /// to look, for a guest that does not report in time: what it has said last is of a time before.
+    fn look(&self, most_plugged: &mut u64) -> Result<Look, DemoError> {
         let handle = self.machine.handle();
+        let device = self.machine.device();
+        // What an UNPLUG that is being carried out takes may still be resident; to `blocks` it is gone.
+        let before = handle.status().plugged_size;
         // One that is late is told what is known: being late is the operator's and the watch's business.
-        let report = self.machine.report(INTERVAL);
-        let report = report.unwrap_or_else(|_| self.machine.progress());
-        no_page_lost(&report)?;
-        let resident = resident_bytes(&handle)?;
-        let (status, counters) = (handle.status(), handle.counters());
-        let broken = counters.unusable_chains + counters.unknown_requests + counters.queue_errors;
-        check("driver-speaks-the-protocol", broken == 0, || {
-            format!("{counters:?}")
-        })?;
-        let failure = status.failure.as_deref();
+        let (report, in_time) = match self.machine.report(INTERVAL) {
+            Ok(report) => (report, true),
+            Err(_) => (self.machine.progress(), false),
+        };
+        let resident = device.backing().resident_bytes()?;
+        let most = self.blocks.take_most().max(before);
+        *most_plugged = match in_time {
+            true => most,
+            false => most.max(*most_plugged),
+        };
+        Ok(Look {
+            status: handle.status(),
+            sizes: Sizes {
+                most_plugged: *most_plugged,
+                online: report.online_size,
+                resident,
+            },
+            report,
+        })
+    }
+
+    /// Why the size is not there, if it is not.
+    fn check(&self, look: &Look, watch: &mut Watch) -> Result<Option<Reason>, DemoError> {
+        let handle = self.machine.handle();
+        checks::no_page_lost(&look.report)?;
+        look.sizes.check()?;
+        let counters = handle.counters();
+        checks::protocol(&counters)?;
+        let failure = look.status.failure.as_deref();
         check("device-has-not-failed", failure.is_none(), || {
             format!("{failure:?}")
         })?;
         let plugged = || handle.status().plugged_size;
         self.shared.budget.check(self.vm, plugged)?;
-        let reason = watch.observe(Instant::now(), &status, &counters, &report)?;
-        self.record(&handle, &report, resident);
-        let unmovable = report.workers.iter().map(|worker| worker.pages_unmovable);
-        Ok((reason, unmovable.sum()))
+        Ok(watch.observe(Instant::now(), &look.status, &counters, &look.report)?)
     }
 
-    fn record(&self, handle: &Handle, report: &Report, resident: u64) {
-        let status = handle.status();
-        let (plugged, unplugged) = self.blocks.get();
+    fn record(&self, look: &Look) {
+        let (plugged, unplugged) = self.blocks.counts();
         let state = &self.shared.vms[self.vm];
         let mut live = lock(&state.live);
         *live = report::Sample {
             seconds: self.shared.began.elapsed().as_secs_f64(),
-            requested: status.requested_size,
-            plugged: status.plugged_size,
-            online: report.online_size,
-            resident,
+            requested: look.status.requested_size,
+            plugged: look.status.plugged_size,
+            most_plugged: look.sizes.most_plugged,
+            online: look.sizes.online,
+            resident: look.sizes.resident,
             resizes: live.resizes,
             blocks_plugged: self.before.blocks_plugged + plugged,
             blocks_unplugged: self.before.blocks_unplugged + unplugged,
-            pages_verified: self.before.pages_verified + pages_verified(report),
+            pages_verified: self.before.pages_verified + pages_verified(&look.report),
         };
-        lock(&state.recorder).sample(*live, || handle.plugged());
+        let plugged = || self.machine.handle().plugged();
+        lock(&state.recorder).sample(*live, plugged);
     }
 }
 
-/// Bytes resident, which are no more than are plugged.
-///
-/// Measuring takes a while in which blocks come and go. What is resident is what the guest has touched, and it touches
-/// nothing before it knows that a PLUG is done, which the device has counted by then: if none was counted meanwhile,
-/// the bytes plugged before are a bound.
-fn resident_bytes(handle: &Handle) -> Result<u64, DemoError> {
-    let plugs = || handle.counters().requests(RequestKind::Plug, Answer::Ack);
-    let (before, plugged) = (plugs(), handle.status().plugged_size);
-    let resident = handle.resident_bytes()?;
-    check(
-        "resident-within-plugged",
-        resident <= plugged || plugs() != before,
-        || format!("{resident} bytes are resident, {plugged} are plugged"),
-    )?;
-    Ok(resident)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_than_was_ever_plugged_is_found() {
+        let sizes = |most_plugged, online, resident| {
+            let sizes = Sizes {
+                most_plugged,
+                online,
+                resident,
+            };
+            sizes.check().map_err(|failed| failed.name)
+        };
+        assert_eq!(sizes(8, 8, 8), Ok(()));
+        assert_eq!(sizes(8, 0, 9), Err("resident-within-plugged"));
+        assert_eq!(sizes(8, 9, 0), Err("online-within-plugged"));
+    }
 }

@@ -1,22 +1,20 @@
 //! Who resizes a guest, through its lives.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtio_mem::{MappingLimits, PlugObserver, Run, VirtioMem};
 use vmem_guest::abi::DriverState;
 
-use super::census::{Census, LeakError, mappings_in, region_of};
+use super::blocks::Blocks;
+use super::census::{Census, LeakError, no_mapping_leaked, no_slot_leaked};
 use super::injector::Injector;
 use super::observer::{Observer, Seen};
 use super::pattern::{Move, Moves, Then};
 use super::stop::Stop;
-use super::{Failure, Shared, VmState, lock};
-use crate::demo::checks::{self, Expected, check};
+use super::{Shared, VmState, lock};
+use crate::demo::checks::{self, Expected};
 use crate::demo::{self, DemoError};
 use crate::faults::Faults;
 use crate::{Machine, Report, ReportError};
@@ -37,8 +35,6 @@ pub(super) struct Operator<'a> {
     vm: usize,
     moves: Moves,
     random: fastrand::Rng,
-    /// Of this guest, in all its lives.
-    resizes: u64,
     target: u64,
 }
 
@@ -57,7 +53,6 @@ impl<'a> Operator<'a> {
                 plan.capacity(),
             ),
             random: fastrand::Rng::with_seed(!seed),
-            resizes: 0,
             target: 0,
         }
     }
@@ -68,16 +63,11 @@ impl<'a> Operator<'a> {
 
     /// Lets guests live until it is enough.
     pub(super) fn run(mut self) {
-        while self.shared.goes_on() {
+        while self.shared.goes_on() && !self.shared.is_enough() {
             let before = Census::take().map_err(DemoError::from);
             let lived = before.and_then(|before| self.life(before));
             if let Err(source) = lived {
-                self.shared.fail(Failure {
-                    vm: self.vm,
-                    resize: self.resizes,
-                    target: self.target,
-                    source,
-                });
+                self.shared.fail(self.vm, source);
             }
         }
     }
@@ -95,9 +85,13 @@ impl<'a> Operator<'a> {
         let machine = Machine::start(&config, device)?;
         *lock(&shared.backend) = machine.backend().to_string();
         self.target = 0;
-        checks::driver(&shared.plan, &self.settle(&machine, 0)?)?;
+        lock(&self.state().live).requested = 0;
+        let Some(settled) = self.settle(&machine)? else {
+            return self.end(machine).1;
+        };
+        checks::driver(&shared.plan, &settled)?;
         let injector = Injector::new(shared.options, options.seed, faults);
-        let blocks = Arc::new(BlockCount::new(machine.device().geometry().block_size()));
+        let blocks = Arc::new(Blocks::new(machine.device().geometry().block_size()));
         let observed = machine.handle().add_observer(Arc::clone(&blocks));
         observed.map_err(io::Error::other)?;
         let earlier = *lock(&self.state().live);
@@ -114,7 +108,7 @@ impl<'a> Operator<'a> {
             Ok(()) => self.end(machine),
             Err(error) => (machine.progress(), Err(error)),
         };
-        let (plugged, unplugged) = blocks.get();
+        let (plugged, unplugged) = blocks.counts();
         let mut summary = lock(&self.state().summary);
         summary.observations += seen.observations;
         for (reason, count) in &seen.reasons {
@@ -149,8 +143,12 @@ impl<'a> Operator<'a> {
             format!("vmem-observer{}", self.vm),
             format!("vmem-injector{}", self.vm),
         );
-        // Whoever finds something wrong lets the operator stop, who would wait for what does not come.
-        let tell = |result: Result<(), DemoError>| result.inspect_err(|_| shared.stop_for(vm));
+        // Whoever finds something wrong says so at once: the operator may be waiting for what does not come.
+        let tell = |result: Result<(), DemoError>| {
+            if let Err(source) = result {
+                shared.fail(vm, source);
+            }
+        };
         let mut seen = Seen::default();
         let ran = thread::scope(|scope| {
             let observing = thread::Builder::new()
@@ -162,9 +160,15 @@ impl<'a> Operator<'a> {
                 .inspect_err(|_| over.raise())?;
             let operated = self.operate(machine, injector);
             over.raise();
-            let injected = injecting.join().unwrap_or_else(|_| panicked("injector"));
-            let observed = observing.join().unwrap_or_else(|_| panicked("observer"));
-            injected.and(observed).and(operated)
+            let joined = [
+                ("injector", injecting.join()),
+                ("observer", observing.join()),
+            ];
+            let panicked = joined.iter().find(|(_, joined)| joined.is_err());
+            if let Some((thread, _)) = panicked {
+                return Err(io::Error::other(format!("the {thread}'s thread has panicked")).into());
+            }
+            operated
         });
         (seen, ran)
     }
@@ -173,12 +177,14 @@ impl<'a> Operator<'a> {
     fn operate(&mut self, machine: &Machine, injector: &Injector) -> Result<(), DemoError> {
         let begun = Census::take()?;
         for _ in 0..self.life_len() {
-            if !self.shared.goes_on() {
+            if !self.shared.goes_on() || !self.shared.next_resize() {
                 break;
             }
             let Some(Move { target, then }) = self.moves.next() else {
                 break;
             };
+            lock(&self.state().live).resizes += 1;
+            lock(&self.state().summary).resizes += 1;
             self.resize(machine, target)?;
             match then {
                 Then::Rest => self.rest(machine, injector, begun)?,
@@ -187,7 +193,7 @@ impl<'a> Operator<'a> {
                 }
             }
         }
-        if self.shared.stop.is_raised() {
+        if !self.shared.goes_on() {
             return Ok(());
         }
         // A rogue guest needs something to reach for.
@@ -202,11 +208,8 @@ impl<'a> Operator<'a> {
     fn resize(&mut self, machine: &Machine, target: u64) -> Result<(), DemoError> {
         let granule_size = self.granule_size();
         let target = self.shared.budget.grant(self.vm, target, granule_size);
-        self.resizes += 1;
         self.target = target;
-        self.shared.resizes.fetch_add(1, Ordering::Relaxed);
-        lock(&self.state().live).resizes += 1;
-        lock(&self.state().summary).resizes += 1;
+        lock(&self.state().live).requested = target;
         let asked = machine.handle().resize(target);
         asked.map_err(|error| DemoError::Options(error.to_string()))?;
         // From now on the device lets nothing be plugged beyond the target.
@@ -215,14 +218,14 @@ impl<'a> Operator<'a> {
         Ok(())
     }
 
-    /// Waits until the guest has settled on `target`.
-    fn settle(&self, machine: &Machine, target: u64) -> Result<Report, DemoError> {
+    /// Waits until the guest has settled on the target. `None` if the run is to end before.
+    fn settle(&self, machine: &Machine) -> Result<Option<Report>, DemoError> {
         let failed = |source| DemoError::Guest {
-            target: demo::size(target),
+            target: demo::size(self.target),
             source,
         };
         let mut answered = Instant::now();
-        loop {
+        while self.shared.goes_on() {
             match machine.report(REPORT_INTERVAL) {
                 Ok(report) => {
                     answered = Instant::now();
@@ -231,8 +234,8 @@ impl<'a> Operator<'a> {
                             let message = report.message.unwrap_or_default();
                             return Err(failed(ReportError::DriverFailed(message)));
                         }
-                        Some(DriverState::Settled) if report.requested_size == target => {
-                            return Ok(report);
+                        Some(DriverState::Settled) if report.requested_size == self.target => {
+                            return Ok(Some(report));
                         }
                         _ => {}
                     }
@@ -241,18 +244,20 @@ impl<'a> Operator<'a> {
                     if answered.elapsed() < self.shared.options.stuck_after => {}
                 Err(error) => return Err(failed(error)),
             }
-            if self.shared.stop.is_raised() {
-                return Err(failed(ReportError::Late(answered.elapsed())));
-            }
         }
+        Ok(None)
     }
 
     /// Waits for the guest and checks everything.
     fn rest(&self, machine: &Machine, injector: &Injector, begun: Census) -> Result<(), DemoError> {
-        self.settle(machine, self.target)?;
+        if self.settle(machine)?.is_none() {
+            return Ok(());
+        }
         let _quiet = injector.quiet();
         // What went wrong just now may have led to something.
-        let report = self.settle(machine, self.target)?;
+        let Some(report) = self.settle(machine)? else {
+            return Ok(());
+        };
         self.shared.budget.settle(self.vm, self.target);
         let expected = Expected {
             plan: &self.shared.plan,
@@ -262,7 +267,7 @@ impl<'a> Operator<'a> {
         };
         // Whatever was plugged: what is not now has gone back to the host.
         checks::step(machine.device(), &expected, u64::MAX, &report)?;
-        no_slot_leaked(machine)?;
+        no_slot_leaked(machine.device(), machine.slots())?;
         no_mapping_leaked(machine.device())?;
         self.alone(|| begun.nothing_leaked_but_mappings())?;
         lock(&self.state().summary).rests += 1;
@@ -275,7 +280,7 @@ impl<'a> Operator<'a> {
             // Something is wrong already, and not to be covered by what follows from it.
             return (machine.progress(), Ok(()));
         }
-        if self.shared.options.rogue {
+        if self.shared.options.rogue && self.shared.goes_on() {
             let (handle, last) = (machine.handle(), machine.progress());
             let caught = demo::go_rogue(machine, &handle).map(|_| {
                 lock(&self.state().summary).rogues += 1;
@@ -304,79 +309,5 @@ impl<'a> Operator<'a> {
             1 => Ok(compare()?),
             _ => Ok(()),
         }
-    }
-}
-
-fn panicked<T>(thread: &str) -> Result<T, DemoError> {
-    Err(io::Error::other(format!("the {thread}'s thread has panicked")).into())
-}
-
-/// Slots there are, by who makes them, against slots there must be, by what is plugged.
-fn no_slot_leaked(machine: &Machine) -> Result<(), DemoError> {
-    let device = machine.device();
-    let geometry = device.geometry();
-    let per_slot = device.slot_size() / geometry.block_size();
-    let plugged = device.handle().plugged();
-    let needed: BTreeSet<u64> = plugged
-        .runs()
-        .flat_map(|run| run.first / per_slot..=(run.end() - 1) / per_slot)
-        .collect();
-    let counted = device.handle().status().slot_count;
-    let slots = (machine.slots().unwrap_or(counted), counted);
-    let needed = needed.len() as u64;
-    Ok(check("no-slot-leaked", slots == (needed, needed), || {
-        format!("{needed} slots have plugged blocks; (KVM's, the device's): {slots:?}")
-    })?)
-}
-
-/// Each run of plugged blocks is a mapping and so is what lies between two.
-fn no_mapping_leaked(device: &VirtioMem) -> Result<(), DemoError> {
-    let runs = device.handle().plugged().run_count();
-    let mappings = mappings_in(&region_of(device))?;
-    let most = 2 * runs as usize + 1;
-    Ok(check("no-mapping-leaked", mappings <= most, || {
-        format!("the region is {mappings} mappings with {runs} runs of plugged blocks")
-    })?)
-}
-
-/// Counts the blocks that come and go.
-#[derive(Debug)]
-pub(super) struct BlockCount {
-    block_size: u64,
-    plugged: AtomicU64,
-    unplugged: AtomicU64,
-}
-
-impl BlockCount {
-    fn new(block_size: u64) -> Self {
-        Self {
-            block_size,
-            plugged: AtomicU64::new(0),
-            unplugged: AtomicU64::new(0),
-        }
-    }
-
-    /// Blocks plugged and blocks unplugged so far.
-    pub(super) fn get(&self) -> (u64, u64) {
-        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        (load(&self.plugged), load(&self.unplugged))
-    }
-}
-
-impl PlugObserver for BlockCount {
-    fn limits(&self) -> MappingLimits {
-        MappingLimits::NONE
-    }
-
-    fn plugged(&self, run: &Run) -> io::Result<()> {
-        self.plugged
-            .fetch_add(run.len / self.block_size, Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn unplugging(&self, run: &Run) -> io::Result<()> {
-        self.unplugged
-            .fetch_add(run.len / self.block_size, Ordering::Relaxed);
-        Ok(())
     }
 }

@@ -10,7 +10,7 @@ use crate::Report;
 use crate::control::Reason;
 use crate::demo::CheckFailed;
 
-/// How much longer a driver may take that says why.
+/// How much longer a driver may take that says why, and the host for a request: it gives and takes gigabytes.
 const WITH_A_REASON: u32 = 4;
 
 /// Notices a resize that neither progresses nor has a reason for that.
@@ -61,14 +61,14 @@ impl Watch {
         let settled = report.driver_state == Some(DriverState::Settled)
             && report.requested_size == status.requested_size;
         let reason = Reason::of(status, Some(report), None)
-            .or_else(|| (!settled).then_some(Reason::Converging));
+            .or_else(|| (!settled || status.serving.is_some()).then_some(Reason::Converging));
         let Some(why) = reason.filter(|_| self.last == Some(signs)) else {
             self.last = Some(signs);
             self.since = now;
             return Ok(reason);
         };
         let limit = match why {
-            Reason::Converging | Reason::DriverBooting => self.limit,
+            Reason::Converging | Reason::DriverBooting if status.serving.is_none() => self.limit,
             _ => self.limit.saturating_mul(WITH_A_REASON),
         };
         let idle = now.saturating_duration_since(self.since);
@@ -77,12 +77,13 @@ impl Watch {
         }
         let found = format!(
             "{} bytes are requested, {} are plugged, and nothing has happened for {idle:.1?} but {why:?}; the driver \
-             says {:?} because of {:?}, and its target is {}",
+             says {:?} because of {:?}, and its target is {}; the device is at {:?}",
             status.requested_size,
             status.plugged_size,
             report.driver_state,
             report.unreachable_reason,
             report.requested_size,
+            status.serving.map(|(request, _)| request),
         );
         Err(CheckFailed::new("no-resize-is-stuck", found))
     }
@@ -196,6 +197,23 @@ mod tests {
         };
         assert_eq!(stuck_after(count(Answer::Ack)), None);
         assert_eq!(stuck_after(count(Answer::Nack)), Some(31));
+    }
+
+    #[test]
+    fn a_request_that_does_not_end_is_stuck() {
+        let none = Counters::default();
+        let settled = Report {
+            driver_state: Some(DriverState::Settled),
+            ..report(Shortfall::None, TARGET)
+        };
+        for (plugged_size, report) in [(0, report(Shortfall::None, TARGET)), (TARGET, settled)] {
+            let serving = Status {
+                serving: Some((RequestKind::UnplugAll, Instant::now())),
+                ..status(plugged_size)
+            };
+            let found = stuck_after(|_| (serving.clone(), none, report.clone()));
+            assert_eq!(found, Some(121));
+        }
     }
 
     #[test]
