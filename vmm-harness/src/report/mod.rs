@@ -69,6 +69,11 @@ pub struct Run {
 /// One guest.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Vm {
+    /// How often it was looked at.
+    pub looks: u64,
+    /// Looks of an interval. Of each interval there are samples of the last look and of those at which one of the sizes
+    /// was least or most, and the map of the first; but of the last 200 looks there is everything.
+    pub stride: u64,
     /// Its sizes over time.
     pub samples: Vec<Sample>,
     /// Its blocks over time.
@@ -96,6 +101,20 @@ pub struct Sample {
     pub blocks_unplugged: u64,
     /// Pages read back and found right.
     pub pages_verified: u64,
+    /// Times the guest has settled and everything was checked.
+    pub rests: u64,
+    /// Guests started, one after another.
+    pub lives: u64,
+}
+
+impl Sample {
+    /// The sizes.
+    pub const SIZES: [fn(&Self) -> u64; 4] = [
+        |sample| sample.requested,
+        |sample| sample.plugged,
+        |sample| sample.online,
+        |sample| sample.resident,
+    ];
 }
 
 /// The blocks of one guest at one time.
@@ -165,7 +184,8 @@ pub fn write(dir: &Path, recording: &Recording) -> io::Result<()> {
 fn samples(recording: &Recording, out: &mut dyn Write) -> io::Result<()> {
     writeln!(
         out,
-        "vm,seconds,requested,plugged,online,resident,resizes,blocks_plugged,blocks_unplugged,pages_verified"
+        "vm,seconds,requested,plugged,online,resident,resizes,blocks_plugged,blocks_unplugged,pages_verified,\
+         rests,lives"
     )?;
     for (index, vm) in recording.vms.iter().enumerate() {
         for sample in &vm.samples {
@@ -179,11 +199,13 @@ fn samples(recording: &Recording, out: &mut dyn Write) -> io::Result<()> {
                 blocks_plugged,
                 blocks_unplugged,
                 pages_verified,
+                rests,
+                lives,
             } = sample;
             writeln!(
                 out,
                 "{index},{seconds:.6},{requested},{plugged},{online},{resident},{resizes},{blocks_plugged},\
-                 {blocks_unplugged},{pages_verified}"
+                 {blocks_unplugged},{pages_verified},{rests},{lives}"
             )?;
         }
     }

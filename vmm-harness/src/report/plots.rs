@@ -331,7 +331,7 @@ mod tests {
             samples: (1..=100)
                 .map(|i| sample(i as f64 / 10.0, i * slope))
                 .collect(),
-            maps: Vec::new(),
+            ..Vm::default()
         };
         let points = rate(&[vm(1), vm(3)], 10.0, |sample| sample.resizes);
         assert_eq!(points.len(), 100);

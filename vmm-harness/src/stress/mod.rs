@@ -21,6 +21,7 @@ mod observer;
 mod operator;
 mod pattern;
 mod record;
+mod series;
 mod stop;
 mod summary;
 mod watch;

@@ -94,6 +94,8 @@ impl Observer<'_> {
             blocks_plugged: self.before.blocks_plugged + plugged,
             blocks_unplugged: self.before.blocks_unplugged + unplugged,
             pages_verified: self.before.pages_verified + pages_verified(report),
+            rests: live.rests,
+            lives: live.lives,
         };
         lock(&state.recorder).sample(*live, || handle.plugged());
     }

@@ -100,7 +100,11 @@ impl<'a> Operator<'a> {
         let blocks = Arc::new(BlockCount::new(machine.device().geometry().block_size()));
         let observed = machine.handle().add_observer(Arc::clone(&blocks));
         observed.map_err(io::Error::other)?;
-        let earlier = *lock(&self.state().live);
+        let earlier = {
+            let mut live = lock(&self.state().live);
+            live.lives += 1;
+            *live
+        };
         let observer = Observer {
             shared,
             vm: self.vm,
@@ -265,6 +269,7 @@ impl<'a> Operator<'a> {
         no_slot_leaked(machine)?;
         no_mapping_leaked(machine.device())?;
         self.alone(|| begun.nothing_leaked_but_mappings())?;
+        lock(&self.state().live).rests += 1;
         lock(&self.state().summary).rests += 1;
         Ok(())
     }
