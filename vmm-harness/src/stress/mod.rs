@@ -37,6 +37,7 @@ use thiserror::Error;
 
 pub use self::injector::Fault;
 pub use self::pattern::Pattern;
+pub(crate) use self::series::RECENT;
 pub use self::summary::{FaultCount, Latency, ReasonCount, Summary};
 
 use self::budget::Budget;
@@ -103,10 +104,14 @@ pub struct Run {
     pub summary: Summary,
     /// What was measured, for each guest.
     pub vms: Vec<report::Vm>,
+    /// What all guests held of the budget over time.
+    pub held: Vec<report::Held>,
     /// What the guests ran on.
     pub backend: String,
     /// The first failure.
     pub failure: Option<Failure>,
+    /// When it was found, since the run began.
+    pub failed_after: Option<Duration>,
     /// Whether it was told to end early.
     pub interrupted: bool,
 }
@@ -135,8 +140,8 @@ struct Shared<'a> {
     resizes: AtomicU64,
     /// Raised by the first failure.
     stop: Stop,
-    /// The guest something was found wrong with first. Others that stop for it may find more wrong.
-    failing: Mutex<Option<usize>>,
+    /// The guest something was found wrong with first, and when. Others that stop for it may find more wrong.
+    failing: Mutex<Option<(usize, Duration)>>,
     failure: Mutex<Option<Failure>>,
     vms: Vec<VmState>,
     budget: Budget,
@@ -173,13 +178,13 @@ impl Shared<'_> {
 
     /// Ends the run for what was found wrong with guest `vm`, which is to be [told](Self::fail).
     fn stop_for(&self, vm: usize) {
-        lock(&self.failing).get_or_insert(vm);
+        lock(&self.failing).get_or_insert_with(|| (vm, self.began.elapsed()));
         self.stop.raise();
     }
 
     fn fail(&self, failure: Failure) {
         self.stop_for(failure.vm);
-        if *lock(&self.failing) == Some(failure.vm) {
+        if lock(&self.failing).is_some_and(|(vm, _)| vm == failure.vm) {
             lock(&self.failure).get_or_insert(failure);
         }
     }
@@ -250,7 +255,8 @@ pub fn run(
     let capacity = plan.capacity().saturating_mul(options.vm_count as u64);
     let most = options.budget.unwrap_or(capacity);
     check_pool(options.guest.backing, most.min(capacity))?;
-    let budget = Budget::new(options.vm_count, most);
+    let began = Instant::now();
+    let budget = Budget::new(options.vm_count, most, began);
     let state = || VmState {
         recorder: Mutex::new(Recorder::new()),
         summary: Mutex::default(),
@@ -259,7 +265,7 @@ pub fn run(
     let shared = Shared {
         options,
         plan,
-        began: Instant::now(),
+        began,
         interrupted,
         resizes: AtomicU64::new(0),
         stop: Stop::default(),
@@ -309,7 +315,9 @@ pub fn run(
     Ok(Run {
         summary,
         vms: vms.map(|vm| unwrap(vm.recorder).into_vm()).collect(),
+        held: shared.budget.into_history(),
         backend: lock(&shared.backend).clone(),
+        failed_after: lock(&shared.failing).map(|(_, after)| after),
         failure: lock(&shared.failure).take(),
         interrupted: interrupted.load(Ordering::Relaxed),
     })

@@ -129,7 +129,7 @@ impl<'a> Operator<'a> {
         summary.blocks_unplugged += unplugged;
         summary.add_life(&last, &handle.latencies());
         for (fault, count) in injector.counts() {
-            summary.add_fault(fault.name(), count);
+            summary.add_fault(fault, count);
         }
         let mut live = lock(&self.state().live);
         live.blocks_plugged = summary.blocks_plugged;

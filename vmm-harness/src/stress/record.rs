@@ -85,7 +85,10 @@ mod tests {
         assert_eq!((vm.looks, vm.stride), (50_000, 256));
         let there = vm.samples.iter().find(|sample| sample.requested == 100);
         let there = there.unwrap();
-        assert_eq!((there.seconds, there.online, there.resident), (12_345.0, 1, 7));
+        assert_eq!(
+            (there.seconds, there.online, there.resident),
+            (12_345.0, 1, 7)
+        );
         assert!(vm.samples.len() < 3000 && vm.maps.len() <= 500);
         assert!(vm.samples.is_sorted_by_key(|sample| sample.seconds));
     }
