@@ -1,9 +1,11 @@
 //! A guest with memory devices, on KVM or in this process: what `vmem` and its tests work with.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
 use thiserror::Error;
 use virtio_mem::{BuildError, Builder, Handle, KvmSlots, NoSlots, VirtioMem};
 use virtio_mem_driver::driver::Policy;
@@ -29,7 +31,8 @@ use crate::vm::{FIRST_FREE_SLOT, RunningVm, Vm, VmError, VmParts};
 use crate::{BootMemory, GUEST_IMAGE};
 
 /// Where the guest runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum GuestKind {
     /// On KVM if it can be used, else in this process.
     #[default]
@@ -38,6 +41,12 @@ pub enum GuestKind {
     Kvm,
     /// In this process.
     InProcess,
+}
+
+impl fmt::Display for GuestKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 /// A guest to start.

@@ -11,10 +11,9 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use vmm_harness::Size;
-use vmm_harness::demo::size;
 use vmm_harness::linux::new_seed;
 use vmm_harness::report::{self, Outcome, Recording};
-use vmm_harness::stress::{self, Limit, Progress, ReasonCount, StressOptions};
+use vmm_harness::stress::{self, Fault, Limit, Pattern, Progress, ReasonCount, StressOptions};
 
 use super::UsageError;
 use super::machine::MachineArgs;
@@ -89,55 +88,6 @@ enum Workload {
     Rogue,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Fault {
-    /// The host does not make memory accessible
-    Open,
-    /// The host does not take memory back
-    Discard,
-    /// The hypervisor does not create or remove a memory slot
-    Slot,
-    /// Requests are held off in bursts
-    Busy,
-    /// A vCPU does not run for some milliseconds; on KVM only
-    Stall,
-}
-
-impl From<Fault> for stress::Fault {
-    fn from(fault: Fault) -> Self {
-        match fault {
-            Fault::Open => Self::Open,
-            Fault::Discard => Self::Discard,
-            Fault::Slot => Self::Slot,
-            Fault::Busy => Self::Busy,
-            Fault::Stall => Self::Stall,
-        }
-    }
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Pattern {
-    /// Up in steps, each waited for, then down at once
-    Sawtooth,
-    /// Anything; about half of the sizes are left before they are reached
-    Random,
-    /// Far up and far down in turns, hardly ever waited for
-    Thrash,
-    /// Many sizes within no time, then one that is waited for, then a pause
-    Burst,
-}
-
-impl From<Pattern> for stress::Pattern {
-    fn from(pattern: Pattern) -> Self {
-        match pattern {
-            Pattern::Sawtooth => Self::Sawtooth,
-            Pattern::Random => Self::Random,
-            Pattern::Thrash => Self::Thrash,
-            Pattern::Burst => Self::Burst,
-        }
-    }
-}
-
 pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
     let mut guest = args.machine.options();
     guest.workload = match args.workload {
@@ -150,13 +100,13 @@ pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
         None => seed_of_environment()?.unwrap_or_else(new_seed),
     };
     let options = StressOptions {
-        pattern: args.pattern.into(),
+        pattern: args.pattern,
         limit: match (args.resizes, args.duration) {
             (Some(count), _) => Limit::Resizes(count),
             (None, duration) => Limit::Duration(duration.unwrap_or(Duration::from_secs(60))),
         },
         rogue: args.workload == Workload::Rogue,
-        faults: args.faults.iter().map(|fault| (*fault).into()).collect(),
+        faults: args.faults.clone(),
         budget: args.budget.map(|Size(bytes)| bytes),
         vm_count: args.vms.into(),
         stuck_after: args.stuck_after,
@@ -201,7 +151,7 @@ pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
         .report
         .as_ref()
         .map(|dir| report::write(dir, &recording).with_context(|| dir.display().to_string()));
-    recording.vms.clear();
+    recording.forget_series();
     let mut out = io::stdout().lock();
     match args.json {
         true => {
@@ -319,35 +269,8 @@ fn millis(duration: Duration) -> u64 {
 fn print_summary(out: &mut dyn Write, recording: &Recording) -> io::Result<()> {
     let Recording { run, summary, .. } = recording;
     writeln!(out, "{}, seed {}", run.backend, run.seed)?;
-    writeln!(
-        out,
-        "{} resizes in {:.1} s, {:.1}/s; guest lives: {}; at rest and checked {} times, looked at {} times",
-        summary.resizes,
-        summary.seconds,
-        summary.resizes as f64 / summary.seconds,
-        summary.lives,
-        summary.rests,
-        summary.observations
-    )?;
-    writeln!(
-        out,
-        "{} blocks of {} moved: {} plugged, {} unplugged",
-        summary.blocks_plugged + summary.blocks_unplugged,
-        size(run.block_size),
-        summary.blocks_plugged,
-        summary.blocks_unplugged
-    )?;
-    writeln!(
-        out,
-        "{} pages verified, {} written, {} moved out of the way, at most {} at a time not movable",
-        summary.pages_verified, summary.pages_written, summary.pages_moved, summary.most_unmovable
-    )?;
-    if summary.rogues > 0 {
-        writeln!(
-            out,
-            "{} accesses to unplugged memory, all caught",
-            summary.rogues
-        )?;
+    for (count, what) in summary.totals() {
+        writeln!(out, "{count:>12} {what}")?;
     }
     if !summary.reasons.is_empty() {
         let reason = |count: &ReasonCount| format!("{} {}", count.count, count.reason);

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use thiserror::Error;
 use virtio_mem::{Counters, Handle};
-use virtio_mem_driver::driver::{Mode, Strategy};
 use virtio_mem_wire::{Answer, RequestKind};
 
 pub use checks::CheckFailed;
@@ -169,14 +168,8 @@ pub struct Driver {
 impl From<&Report> for Driver {
     fn from(report: &Report) -> Self {
         Self {
-            policy: match report.strategy {
-                Strategy::Direct => "direct",
-                Strategy::Linux => "linux",
-            },
-            mode: match report.mode {
-                Mode::SubBlock => "sbm",
-                Mode::BigBlock => "bbm",
-            },
+            policy: options::policy_name(report.strategy),
+            mode: options::mode_name(report.mode),
             granule_size: report.granule_size,
         }
     }

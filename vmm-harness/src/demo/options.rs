@@ -1,7 +1,9 @@
 //! What the demonstration is asked to do, and what follows from that before anything is started.
 
+use std::fmt;
 use std::io;
 
+use serde::Serialize;
 use virtio_mem::{Anonymous, Backing, Builder, Hugetlb, Memfd, VirtioMem};
 use virtio_mem_driver::driver::{Mode, Policy, Sizes, Strategy};
 use virtio_mem_driver::hotplug::Profile;
@@ -149,7 +151,8 @@ impl DemoOptions {
 }
 
 /// Host memory behind the region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum BackingKind {
     /// Private anonymous memory in base pages.
     Anon,
@@ -158,7 +161,14 @@ pub enum BackingKind {
     /// Shared memory in base pages.
     Memfd,
     /// 2 MiB pages from the host's pool.
+    #[serde(rename = "hugetlb-2m")]
     Hugetlb2m,
+}
+
+impl fmt::Display for BackingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 impl BackingKind {
@@ -169,6 +179,22 @@ impl BackingKind {
             Self::Memfd => Box::new(Memfd::new(region)?),
             Self::Hugetlb2m => Box::new(Hugetlb::pages_2m(region)?),
         })
+    }
+}
+
+/// A policy, as on the command line.
+pub(crate) fn policy_name(strategy: Strategy) -> &'static str {
+    match strategy {
+        Strategy::Linux => "linux",
+        Strategy::Direct => "direct",
+    }
+}
+
+/// A mode, as on the command line.
+pub(crate) fn mode_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::SubBlock => "sbm",
+        Mode::BigBlock => "bbm",
     }
 }
 

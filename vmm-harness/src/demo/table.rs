@@ -3,9 +3,9 @@
 use std::io::{self, Write};
 
 use bytesize::ByteSize;
-use virtio_mem_driver::driver::{Mode, Strategy};
+use virtio_mem_driver::driver::Mode;
 
-use super::options::Plan;
+use super::options::{Plan, policy_name};
 use super::{DemoOptions, Rogue, Step, Summary};
 use crate::Machine;
 use crate::layout::REGION_START;
@@ -32,10 +32,7 @@ pub(super) fn header(
         size(options.block_size),
         options.seed,
     )?;
-    let strategy = match plan.policy.strategy {
-        Strategy::Direct => "direct",
-        Strategy::Linux => "linux",
-    };
+    let strategy = policy_name(plan.policy.strategy);
     let (unit, granule) = (size(plan.sizes.unit_size), size(plan.sizes.granule_size));
     match plan.sizes.mode {
         Mode::SubBlock => writeln!(

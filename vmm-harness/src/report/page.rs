@@ -1,7 +1,9 @@
 //! The page around the plots. It has no script and loads nothing.
 
+use std::time::Duration;
+
 use super::svg::escape;
-use super::{Outcome, Recording, plots};
+use super::{Options, Outcome, Recording, plots};
 use crate::demo::size;
 
 const STYLE: &str = include_str!("style.css");
@@ -16,7 +18,11 @@ pub(super) fn page(recording: &Recording) -> String {
         Outcome::Interrupted => ("ended early, every check held", "interrupted"),
     };
     let failure = recording.failure.as_ref().map_or(String::new(), |failure| {
-        format!("<p class=\"failure\">{}</p>\n", escape(failure))
+        format!(
+            "<p class=\"failure\">after {:.1} s: {}</p>\n",
+            failure.seconds,
+            escape(&failure.message)
+        )
     });
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -24,8 +30,9 @@ pub(super) fn page(recording: &Recording) -> String {
          <meta name=\"viewport\" content=\"width=device-width\">\n<link rel=\"icon\" href=\"data:,\">\n\
          <title>vmem stress: {title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
          <h1>vmem stress <span class=\"{class}\">{title}</span></h1>\n{failure}\
-         {}{}<h2>Over time</h2>\n{}<h2>Requests</h2>\n{}</body>\n</html>\n",
+         {}{}{}<h2>Over time</h2>\n{}<h2>Requests</h2>\n{}</body>\n</html>\n",
         facts(recording),
+        options(&recording.run.options),
         totals(recording),
         plots::over_time(recording),
         plots::requests(recording),
@@ -34,74 +41,96 @@ pub(super) fn page(recording: &Recording) -> String {
 
 fn facts(recording: &Recording) -> String {
     let run = &recording.run;
-    let pattern = format!("{:?}", run.pattern).to_lowercase();
-    let region = format!(
-        "{} in blocks of {}",
-        size(run.region_size),
-        size(run.block_size)
-    );
-    let budget = match run.budget {
-        0 => "none".to_owned(),
-        bytes => size(bytes),
-    };
-    let version = format!("vmem {}", run.version);
     let seed = run.seed.to_string();
-    let rows = [
-        ("command", run.command.as_str()),
-        ("seed", &seed),
-        ("began", &run.began),
-        ("guests on", &run.backend),
-        ("machine", &run.machine),
-        ("pattern", &pattern),
-        ("region", &region),
-        ("budget", &budget),
-        ("version", &version),
-    ];
-    let rows = rows.map(|(name, value)| format!("<dt>{name}</dt><dd>{}</dd>\n", escape(value)));
-    format!("<dl>\n{}</dl>\n", rows.concat())
+    list(
+        "facts",
+        &[
+            ("command", &run.command),
+            ("seed", &seed),
+            ("began", &run.began),
+            ("guests on", &run.backend),
+            ("machine", &run.machine),
+            ("version", &format!("vmem {}", run.version)),
+        ],
+    )
+}
+
+/// What was asked for: in the words of the command line where it has some.
+fn options(options: &Options) -> String {
+    let seconds =
+        |seconds: f64| humantime::format_duration(Duration::from_secs_f64(seconds)).to_string();
+    let limit = match (options.seconds, options.resizes) {
+        (Some(time), _) => seconds(time),
+        (None, count) => format!("{} resizes", count.unwrap_or(0)),
+    };
+    let faults: Vec<_> = options.faults.iter().map(ToString::to_string).collect();
+    let or = |text: Option<String>, other: &str| text.unwrap_or_else(|| other.to_owned());
+    let node = options.node.map(|node| node.to_string());
+    let mode = options.mode.map(str::to_owned);
+    list(
+        "options",
+        &[
+            ("limit", &limit),
+            ("stuck after", &seconds(options.stuck_after)),
+            ("pattern", &options.pattern.to_string()),
+            ("workload", options.workload),
+            (
+                "faults",
+                &or((!faults.is_empty()).then(|| faults.join(", ")), "none"),
+            ),
+            ("guests", &options.vms.to_string()),
+            ("budget", &or(options.budget.map(size), "none")),
+            ("guest", &options.guest.to_string()),
+            ("vCPUs", &options.vcpus.to_string()),
+            ("boot memory", &size(options.boot_memory)),
+            ("region", &size(options.region)),
+            ("block size", &size(options.block_size)),
+            (
+                "slot size",
+                &or(options.slot_size.map(size), "the device's choice"),
+            ),
+            ("node", &or(node, "none")),
+            ("backing", &options.backing.to_string()),
+            ("policy", options.policy),
+            ("mode", &or(mode, "the driver's choice")),
+            (
+                "big block",
+                &or(options.bbm_block_size.map(size), "the driver's choice"),
+            ),
+        ],
+    )
+}
+
+fn list(class: &str, rows: &[(&str, &str)]) -> String {
+    let rows: String = rows
+        .iter()
+        .map(|(name, value)| format!("<div><dt>{name}</dt><dd>{}</dd></div>\n", escape(value)))
+        .collect();
+    format!("<dl class=\"{class}\">\n{rows}</dl>\n")
 }
 
 fn totals(recording: &Recording) -> String {
     let summary = &recording.summary;
-    let mut cards = vec![
-        ("seconds", format!("{:.1}", summary.seconds)),
-        ("resizes", summary.resizes.to_string()),
-        ("blocks plugged", summary.blocks_plugged.to_string()),
-        ("blocks unplugged", summary.blocks_unplugged.to_string()),
-        ("pages verified", summary.pages_verified.to_string()),
-        ("pages moved", summary.pages_moved.to_string()),
-        (
-            "pages at most not movable",
-            summary.most_unmovable.to_string(),
-        ),
-        ("checks at rest", summary.rests.to_string()),
-        ("checks on the way", summary.observations.to_string()),
-        ("guest lives", summary.lives.to_string()),
-    ];
-    if summary.rogues > 0 {
-        cards.push(("rogues caught", summary.rogues.to_string()));
-    }
-    let list = |cards: Vec<(&str, String)>| {
-        let cards = cards.into_iter();
-        let cards: String = cards
-            .map(|(name, value)| format!("<li><b>{value}</b> {name}</li>\n"))
-            .collect();
-        format!("<ul class=\"totals\">\n{cards}</ul>\n")
+    let cards = |counts: &mut dyn Iterator<Item = (String, String)>| -> String {
+        counts
+            .map(|(count, what)| format!("<li><b>{count}</b> {}</li>\n", escape(&what)))
+            .collect()
     };
-    let mut html = list(cards);
-    let faults = summary
-        .faults
-        .iter()
-        .map(|fault| (fault.fault, fault.count.to_string()));
-    let reasons = summary
-        .reasons
-        .iter()
-        .map(|reason| (reason.reason.as_str(), reason.count.to_string()));
+    let list = |cards: String| format!("<ul class=\"totals\">\n{cards}</ul>\n");
+    let totals = summary.totals().into_iter();
+    let mut html = list(cards(
+        &mut totals.map(|(count, what)| (count, what.to_owned())),
+    ));
+    let faults = summary.faults.iter();
+    let faults = cards(&mut faults.map(|fault| (fault.count.to_string(), fault.fault.to_string())));
+    let reasons = summary.reasons.iter();
+    let reasons =
+        cards(&mut reasons.map(|reason| (reason.count.to_string(), reason.reason.clone())));
     for (title, counts) in [
-        ("Faults", faults.collect::<Vec<_>>()),
+        ("Faults", faults),
         (
             "Looked at on the way to a size, and why it was not there",
-            reasons.collect(),
+            reasons,
         ),
     ] {
         if !counts.is_empty() {

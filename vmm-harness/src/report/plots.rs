@@ -3,8 +3,9 @@
 use virtio_mem_wire::{Answer, RequestKind};
 
 use super::svg::{Axis, Chart, escape, number};
-use super::{Recording, Sample, Vm};
-use crate::stress::Latency;
+use super::{Held, Recording, Sample, Vm};
+use crate::demo::size;
+use crate::stress::{Latency, RECENT};
 
 /// Width of what has the page to itself.
 const WIDTH: f64 = 860.0;
@@ -12,16 +13,20 @@ const WIDTH: f64 = 860.0;
 /// Points of a rate over time.
 const BINS: usize = 200;
 
-/// The lines of memory over time: class, legend and value. What is requested, plugged and online stays what it is until it
-/// changes, so these lines go in steps.
-type Series = (&'static str, &'static str, fn(&Sample) -> u64);
-
-const MEMORY: [Series; 4] = [
-    ("requested", "requested", |sample| sample.requested),
-    ("plugged", "plugged", |sample| sample.plugged),
-    ("online", "online in the guest", |sample| sample.online),
-    ("resident", "resident on the host", |sample| sample.resident),
+/// The lines of memory over time, in the order of [`Sample::SIZES`]: class and legend. What is requested, plugged and
+/// online stays what it is until it changes, so these lines go in steps.
+const MEMORY: [(&str, &str); 4] = [
+    ("requested", "requested"),
+    ("plugged", "plugged, the most since the look before"),
+    ("online", "online in the guest"),
+    ("resident", "resident on the host"),
 ];
+
+/// Shades of guests that are on top of each other.
+const SHADES: usize = 4;
+
+/// Guests a legend has room for.
+const NAMED: usize = 8;
 
 /// Something that goes on all the time.
 struct Rate {
@@ -53,13 +58,19 @@ const RATES: [Rate; 3] = [
     },
 ];
 
-fn figure(id: &str, title: &str, legend: &[(&str, &str)], chart: Chart) -> String {
+/// A drawing with its title, what its lines are, and what else is to be known about it.
+fn figure(id: &str, title: &str, legend: &[(&str, &str)], note: &str, chart: Chart) -> String {
     let keys: String = legend
         .iter()
-        .map(|(class, text)| format!("<span class=\"key {class}\">{text}</span> "))
+        .map(|(class, text)| format!("<span class=\"key {class}\">{}</span> ", escape(text)))
         .collect();
+    let note = match note {
+        "" => String::new(),
+        note => format!("<p>{}</p>", escape(note)),
+    };
     format!(
-        "<figure id=\"{id}\"><figcaption><h3>{}</h3> {keys}</figcaption>\n{}</figure>\n",
+        "<figure id=\"{id}\"><figcaption><h3>{}</h3> {keys}{note}</figcaption>\n\
+         <div class=\"plot\">{}</div></figure>\n",
         escape(title),
         chart.finish()
     )
@@ -74,24 +85,20 @@ fn title(what: &str, vm: usize, count: usize) -> String {
 
 /// What changes over time.
 pub(super) fn over_time(recording: &Recording) -> String {
-    let count = recording.vms.len();
-    let seconds = recording.summary.seconds;
+    let plots = OverTime {
+        recording,
+        seconds: recording.summary.seconds,
+    };
     let mut html = String::new();
-    if count > 1 {
-        html += &budget(recording);
+    if recording.vms.len() > 1 {
+        html += &plots.held();
     }
-    for (vm, data) in recording.vms.iter().enumerate() {
-        html += &memory(data, &title("Memory", vm, count), vm, seconds);
-        html += &blocks(
-            data,
-            &title("Blocks", vm, count),
-            vm,
-            seconds,
-            recording.run.region_size,
-        );
+    for (index, vm) in recording.vms.iter().enumerate() {
+        html += &plots.memory(vm, index);
+        html += &plots.blocks(vm, index);
     }
     for rate in &RATES {
-        html += &throughput(&recording.vms, seconds, rate);
+        html += &plots.throughput(rate);
     }
     html
 }
@@ -110,23 +117,178 @@ pub(super) fn requests(recording: &Recording) -> String {
     html + "</div>\n"
 }
 
-fn memory(vm: &Vm, title: &str, index: usize, seconds: f64) -> String {
-    let most = vm
-        .samples
-        .iter()
-        .flat_map(|sample| MEMORY.map(|(_, _, value)| value(sample)));
-    let y = Axis::bytes("bytes", most.max().unwrap_or(0));
-    let mut chart = Chart::new(title, Axis::time(seconds), y, (WIDTH, 300.0));
-    for (class, _, value) in MEMORY {
-        let point = |sample: &Sample| (sample.seconds, value(sample) as f64);
-        let points = vm.samples.iter().map(point);
-        match class {
-            "resident" => chart.line(class, points),
-            _ => chart.line(class, steps(points)),
+/// Plots with the same time axis.
+struct OverTime<'a> {
+    recording: &'a Recording,
+    seconds: f64,
+}
+
+impl OverTime<'_> {
+    fn chart(&self, name: &str, y: Axis, height: f64) -> Chart {
+        Chart::new(name, Axis::time(self.seconds), y, (WIDTH, height))
+    }
+
+    /// Marks the failure, if there was one, and if it was guest `vm`'s or no guest is named.
+    fn mark_failure(&self, chart: &mut Chart, vm: Option<usize>) {
+        if let Some(failure) = &self.recording.failure
+            && vm.is_none_or(|vm| vm == failure.vm)
+        {
+            chart.up(
+                "failure",
+                failure.seconds,
+                failure.check.unwrap_or("failure"),
+            );
         }
     }
-    let legend = MEMORY.map(|(class, text, _)| (class, text));
-    figure(&format!("memory-{index}"), title, &legend, chart)
+
+    /// Sizes of one guest; its axis is that of its blocks.
+    fn memory(&self, vm: &Vm, index: usize) -> String {
+        let title = title("Memory", index, self.recording.vms.len());
+        let sizes = vm
+            .samples
+            .iter()
+            .flat_map(|sample| Sample::SIZES.map(|size| size(sample)));
+        let most = sizes.max().unwrap_or(0);
+        let y = Axis::bytes("bytes", most.max(self.recording.run.options.region));
+        let mut chart = self.chart(&title, y, 300.0);
+        for ((class, _), size) in MEMORY.into_iter().zip(Sample::SIZES) {
+            let point = |sample: &Sample| (sample.seconds, size(sample) as f64);
+            let points = vm.samples.iter().map(point);
+            match class {
+                "resident" => chart.line(class, points),
+                _ => chart.line(class, steps(points)),
+            }
+        }
+        chart.ticks("rest", false, increases(&vm.samples, |sample| sample.rests));
+        chart.ticks("life", true, increases(&vm.samples, |sample| sample.lives));
+        self.mark_failure(&mut chart, Some(index));
+        let mut legend = MEMORY.to_vec();
+        legend.extend([
+            ("tick rest", "at rest, all checked"),
+            ("tick life", "a guest started"),
+        ]);
+        let note = match vm.stride {
+            1 => format!("Looked at {} times; all looks are drawn.", vm.looks),
+            stride => format!(
+                "Looked at {} times. Drawn are the last {RECENT} looks, and of each {stride} before them the last and those \
+                 at which one of the sizes was least or most.",
+                vm.looks
+            ),
+        };
+        figure(&format!("memory-{index}"), &title, &legend, &note, chart)
+    }
+
+    /// What is plugged of the region of one guest.
+    fn blocks(&self, vm: &Vm, index: usize) -> String {
+        let title = title("Blocks", index, self.recording.vms.len());
+        let region_size = self.recording.run.options.region;
+        let mut chart = self.chart(
+            &title,
+            Axis::bytes("offset in the region", region_size),
+            300.0,
+        );
+        let ends = vm.maps.iter().skip(1).map(|map| map.seconds);
+        let columns: Vec<_> = vm.maps.iter().zip(ends.chain([self.seconds])).collect();
+        for shade in b'1'..=b'9' {
+            let areas = columns.iter().flat_map(|(map, end)| {
+                let shares = map.shares.as_bytes();
+                let height = region_size as f64 / shares.len().max(1) as f64;
+                let mut first = 0;
+                let runs = shares.chunk_by(|a, b| a == b).filter_map(move |run| {
+                    let from = first;
+                    first += run.len();
+                    (run.first() == Some(&shade)).then_some((from, first))
+                });
+                runs.map(move |(from, to)| {
+                    let y = |share: usize| share as f64 * height;
+                    ((map.seconds, y(from)), (*end, y(to)))
+                })
+            });
+            chart.areas(&format!("share s{}", char::from(shade)), areas);
+        }
+        self.mark_failure(&mut chart, Some(index));
+        let legend = [
+            ("share s9", "plugged"),
+            ("share s6", "most plugged"),
+            ("share s3", "some plugged"),
+            ("share s0", "not plugged"),
+        ];
+        let note = match vm.stride {
+            1 => String::new(),
+            stride => format!(
+                "Drawn are the last {RECENT} looks, and of each {stride} before them the first."
+            ),
+        };
+        figure(&format!("blocks-{index}"), &title, &legend, &note, chart)
+    }
+
+    /// What the guests hold of the budget, on top of each other. Unlike samples of several guests, these are sums of one
+    /// moment.
+    fn held(&self) -> String {
+        let Recording { run, vms, held, .. } = self.recording;
+        let sums = held.iter().map(Held::sum);
+        let most = sums.max().unwrap_or(0).max(run.options.budget.unwrap_or(0));
+        let name = "Memory of all guests";
+        // With room for what is written above the budget.
+        let mut chart = self.chart(name, Axis::bytes("bytes", most + most / 16), 220.0);
+        let mut legend = Vec::new();
+        for vm in 0..vms.len() {
+            let class = format!("held h{}", vm % SHADES);
+            let point = |held: &Held| {
+                let below: u64 = held.bytes.iter().take(vm).sum();
+                let own = held.bytes.get(vm).copied().unwrap_or(0);
+                (below as f64, (below + own) as f64)
+            };
+            let mut points: Vec<(f64, f64, f64)> = Vec::new();
+            for held in held {
+                let (low, high) = point(held);
+                if let Some((_, low, high)) = points.last().copied() {
+                    points.push((held.seconds, low, high));
+                }
+                points.push((held.seconds, low, high));
+            }
+            if let Some((_, low, high)) = points.last().copied() {
+                points.push((self.seconds, low, high));
+            }
+            chart.band(&class, &points);
+            legend.push((class, format!("guest {vm}")));
+        }
+        if let Some(budget) = run.options.budget {
+            chart.across("budget", budget as f64, &format!("budget {}", size(budget)));
+        }
+        self.mark_failure(&mut chart, None);
+        let legend: Vec<_> = legend
+            .iter()
+            .map(|(class, text)| (class.as_str(), text.as_str()))
+            .collect();
+        let legend = if legend.len() > NAMED {
+            &[]
+        } else {
+            legend.as_slice()
+        };
+        let note = "What each guest may come to have plugged, the larger of requested and plugged, guest 0 lowest: counted \
+                    whenever it changes, for all at the same moment.";
+        figure("memory-all", name, legend, note, chart)
+    }
+
+    fn throughput(&self, plotted: &Rate) -> String {
+        let points = rate(&self.recording.vms, self.seconds, plotted.total);
+        let most = points.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
+        let (title, y) = (plotted.title, Axis::count(plotted.unit, most));
+        let mut chart = self.chart(title, y, 170.0);
+        chart.line(plotted.class, points.into_iter());
+        self.mark_failure(&mut chart, None);
+        figure(&format!("rate-{}", plotted.class), title, &[], "", chart)
+    }
+}
+
+/// When a count was seen to have grown.
+fn increases(samples: &[Sample], count: fn(&Sample) -> u64) -> impl Iterator<Item = f64> {
+    let mut last = 0;
+    samples.iter().filter_map(move |sample| {
+        let before = std::mem::replace(&mut last, count(sample));
+        (last > before).then_some(sample.seconds)
+    })
 }
 
 /// Each point, and below or above each but the first where the line was until then.
@@ -136,37 +298,6 @@ fn steps(points: impl Iterator<Item = (f64, f64)>) -> impl Iterator<Item = (f64,
         let corner = last.replace(y).map(|before| (x, before));
         corner.into_iter().chain([(x, y)])
     })
-}
-
-fn blocks(vm: &Vm, title: &str, index: usize, seconds: f64, region_size: u64) -> String {
-    let y = Axis::bytes("offset in the region", region_size);
-    let mut chart = Chart::new(title, Axis::time(seconds), y, (WIDTH, 300.0));
-    let ends = vm.maps.iter().skip(1).map(|map| map.seconds);
-    let columns: Vec<_> = vm.maps.iter().zip(ends.chain([seconds])).collect();
-    for shade in b'1'..=b'9' {
-        let areas = columns.iter().flat_map(|(map, end)| {
-            let shares = map.shares.as_bytes();
-            let height = region_size as f64 / shares.len().max(1) as f64;
-            let mut first = 0;
-            let runs = shares.chunk_by(|a, b| a == b).filter_map(move |run| {
-                let from = first;
-                first += run.len();
-                (run.first() == Some(&shade)).then_some((from, first))
-            });
-            runs.map(move |(from, to)| {
-                let y = |share: usize| share as f64 * height;
-                ((map.seconds, y(from)), (*end, y(to)))
-            })
-        });
-        chart.areas(&format!("share s{}", char::from(shade)), areas);
-    }
-    let legend = [
-        ("share s9", "plugged"),
-        ("share s6", "most plugged"),
-        ("share s3", "some plugged"),
-        ("share s0", "not plugged"),
-    ];
-    figure(&format!("blocks-{index}"), title, &legend, chart)
 }
 
 /// A running total at a time between samples.
@@ -198,54 +329,6 @@ fn rate(vms: &[Vm], seconds: f64, value: impl Fn(&Sample) -> u64) -> Vec<(f64, f
             ((bin as f64 + 0.5) * width, (grown / width).max(0.0))
         })
         .collect()
-}
-
-fn throughput(vms: &[Vm], seconds: f64, plotted: &Rate) -> String {
-    let points = rate(vms, seconds, plotted.total);
-    let most = points.iter().map(|(_, rate)| *rate).fold(0.0, f64::max);
-    let (title, y) = (plotted.title, Axis::count(plotted.unit, most));
-    let mut chart = Chart::new(title, Axis::time(seconds), y, (WIDTH, 170.0));
-    chart.line(plotted.class, points.into_iter());
-    figure(&format!("rate-{}", plotted.class), title, &[], chart)
-}
-
-/// All guests together, and what they may have.
-fn budget(recording: &Recording) -> String {
-    let (vms, seconds) = (&recording.vms, recording.summary.seconds);
-    let samples = vms.iter().map(|vm| vm.samples.len()).max().unwrap_or(0);
-    let bins = samples.clamp(1, BINS);
-    let sum = |value: fn(&Sample) -> u64| {
-        let time = move |bin: usize| (bin as f64 + 0.5) / bins as f64 * seconds;
-        (0..bins).map(move |bin| {
-            let total: f64 = vms.iter().map(|vm| at(&vm.samples, time(bin), value)).sum();
-            (time(bin), total)
-        })
-    };
-    let most = |vm: &Vm| {
-        let sizes = vm.samples.iter().map(|s| s.requested.max(s.plugged));
-        sizes.max().unwrap_or(0)
-    };
-    let most = match recording.run.budget {
-        0 => vms.iter().map(most).sum(),
-        budget => budget,
-    };
-    let name = "Memory of all guests";
-    let mut chart = Chart::new(
-        name,
-        Axis::time(seconds),
-        Axis::bytes("bytes", most),
-        (WIDTH, 220.0),
-    );
-    for (class, _, value) in MEMORY {
-        chart.line(class, sum(value));
-    }
-    let mut legend = MEMORY.map(|(class, text, _)| (class, text)).to_vec();
-    if recording.run.budget > 0 {
-        let y = recording.run.budget as f64;
-        chart.line("budget", [(0.0, y), (seconds, y)].into_iter());
-        legend.push(("budget", "budget"));
-    }
-    figure("memory-all", name, &legend, chart)
 }
 
 /// How many requests took how long, both in powers: a stall of a second is as visible as a thousand of 10 µs.
@@ -284,7 +367,7 @@ fn latencies(latency: &Latency) -> String {
         duration(latency.max_us)
     );
     let id = format!("latency-{}-{}", latency.request, latency.answer);
-    figure(&id, &title, &[], chart)
+    figure(&id, &title, &[], "", chart)
 }
 
 /// Microseconds, with three digits.
@@ -331,7 +414,7 @@ mod tests {
             samples: (1..=100)
                 .map(|i| sample(i as f64 / 10.0, i * slope))
                 .collect(),
-            maps: Vec::new(),
+            ..Vm::default()
         };
         let points = rate(&[vm(1), vm(3)], 10.0, |sample| sample.resizes);
         assert_eq!(points.len(), 100);

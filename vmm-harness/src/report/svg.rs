@@ -4,11 +4,14 @@ use std::fmt::Write;
 
 use crate::demo::size;
 
-/// Room around the plot for its axes and half a mark.
+/// Room around the plot for its axes and half a mark, and above it for ticks.
 const LEFT: f64 = 76.0;
 const RIGHT: f64 = 28.0;
-const TOP: f64 = 8.0;
+const TOP: f64 = 14.0;
 const BOTTOM: f64 = 40.0;
+
+/// Height of a tick, and of one that is to be seen from afar.
+const TICKS: (f64, f64) = (4.0, 9.0);
 
 /// About how many marks an axis has.
 const MARKS: f64 = 6.0;
@@ -25,14 +28,16 @@ pub(super) struct Axis {
 }
 
 impl Axis {
-    /// Numbers from 0 to `max`.
+    /// Numbers from 0 to a round one that is no less than `max`.
     pub(super) fn count(title: &str, max: f64) -> Self {
         let max = if max > 0.0 { max } else { 1.0 };
-        let raw = max / MARKS;
-        let power = 10f64.powf(raw.log10().floor());
-        let step = [1.0, 2.0, 5.0].map(|digit| digit * power);
-        let step = step.into_iter().find(|step| *step >= raw);
-        let step = step.unwrap_or(10.0 * power);
+        let step = step(max);
+        // A fraction more is not a step more: fractions are not exact.
+        let steps = (max / step - 1e-9).ceil();
+        Self::numbers(title, steps * step, step)
+    }
+
+    fn numbers(title: &str, max: f64, step: f64) -> Self {
         // The last one is there although fractions are not exact.
         let within = |value: &f64| *value <= max * (1.0 + 1e-9);
         let marks = (0..).map(|mark: u32| f64::from(mark) * step);
@@ -47,25 +52,27 @@ impl Axis {
         }
     }
 
-    /// Bytes from 0 to `max`.
+    /// Bytes from 0 to a round number that is no less than `max`.
     pub(super) fn bytes(title: &str, max: u64) -> Self {
         let max = max.max(1);
         let step = max.div_ceil(BYTE_MARKS).next_power_of_two();
-        let marks = (0..=max / step).map(|mark| mark * step);
+        let marks = (0..=max.div_ceil(step)).map(|mark| mark * step);
         Self {
             title: title.to_owned(),
             min: 0.0,
-            max: max as f64,
+            max: max.next_multiple_of(step) as f64,
             marks: marks.map(|bytes| (bytes as f64, size(bytes))).collect(),
         }
     }
 
-    /// Time from 0 to `seconds`.
+    /// Time from 0 to `seconds`, which need not be round.
     pub(super) fn time(seconds: f64) -> Self {
+        let seconds = if seconds > 0.0 { seconds } else { 1.0 };
         match seconds > 300.0 {
-            false => Self::count("time, s", seconds),
+            false => Self::numbers("time, s", seconds, step(seconds)),
             true => {
-                let mut axis = Self::count("time, min", seconds / 60.0);
+                let minutes = seconds / 60.0;
+                let mut axis = Self::numbers("time, min", minutes, step(minutes));
                 axis.max *= 60.0;
                 axis.marks.iter_mut().for_each(|(at, _)| *at *= 60.0);
                 axis
@@ -94,6 +101,15 @@ impl Axis {
     fn share(&self, value: f64) -> f64 {
         (value - self.min) / (self.max - self.min)
     }
+}
+
+/// A round distance of so many marks up to `max` as can be read.
+fn step(max: f64) -> f64 {
+    let raw = max / MARKS;
+    let power = 10f64.powf(raw.log10().floor());
+    let step = [1.0, 2.0, 5.0].map(|digit| digit * power);
+    let step = step.into_iter().find(|step| *step >= raw);
+    step.unwrap_or(10.0 * power)
 }
 
 /// A number as people write it.
@@ -169,6 +185,64 @@ impl Chart {
         self.add(format_args!("\"/>\n"));
     }
 
+    /// The area between two lines, given as pairs of one place across and two up.
+    pub(super) fn band(&mut self, class: &str, points: &[(f64, f64, f64)]) {
+        self.add(format_args!("<path class=\"{class}\" d=\""));
+        let high = points.iter().map(|(x, _, high)| (*x, *high));
+        let low = points.iter().rev().map(|(x, low, _)| (*x, *low));
+        let mut command = 'M';
+        for (x, y) in high.chain(low) {
+            let (x, y) = self.at(x, y);
+            self.add(format_args!("{command}{x:.1} {y:.1}"));
+            command = 'L';
+        }
+        if command == 'L' {
+            self.add(format_args!("z"));
+        }
+        self.add(format_args!("\"/>\n"));
+    }
+
+    /// Ticks above the plot; `tall` ones are seen from afar.
+    pub(super) fn ticks(&mut self, class: &str, tall: bool, places: impl Iterator<Item = f64>) {
+        let height = if tall { TICKS.1 } else { TICKS.0 };
+        self.add(format_args!("<path class=\"tick {class}\" d=\""));
+        for x in places {
+            let (x, _) = self.at(x, 0.0);
+            self.add(format_args!("M{x:.1} {}v-{height}", TOP - 1.0));
+        }
+        self.add(format_args!("\"/>\n"));
+    }
+
+    /// A line across the plot at a value, and what it is.
+    pub(super) fn across(&mut self, class: &str, y: f64, text: &str) {
+        let (left, right) = (LEFT, self.size.0 - RIGHT);
+        let (_, y) = self.at(self.x.min, y);
+        self.add(format_args!(
+            "<path class=\"rule {class}\" d=\"M{left} {y:.1}H{right}\"/>\
+             <text class=\"name {class} end\" x=\"{:.1}\" y=\"{:.1}\">{}</text>\n",
+            right - 4.0,
+            y - 4.0,
+            escape(text)
+        ));
+    }
+
+    /// A line up the plot at a place, and what it is.
+    pub(super) fn up(&mut self, class: &str, x: f64, text: &str) {
+        let (x, _) = self.at(x, self.y.min);
+        let (top, bottom) = (TOP, self.size.1 - BOTTOM);
+        // On the side where there is room.
+        let (anchor, beside) = match x > (LEFT + self.size.0 - RIGHT) / 2.0 {
+            true => (" end", x - 5.0),
+            false => ("", x + 5.0),
+        };
+        self.add(format_args!(
+            "<path class=\"rule {class}\" d=\"M{x:.1} {top}V{bottom}\"/>\
+             <text class=\"name {class}{anchor}\" x=\"{beside:.1}\" y=\"{:.1}\">{}</text>\n",
+            top + 14.0,
+            escape(text)
+        ));
+    }
+
     /// The drawing with its axes.
     pub(super) fn finish(mut self) -> String {
         let body = std::mem::take(&mut self.body);
@@ -236,18 +310,33 @@ mod tests {
     }
 
     #[test]
-    fn marks_are_round_numbers_within_the_axis() {
+    fn marks_are_round_numbers_up_to_the_end_of_the_axis() {
         let count = |max| Axis::count("", max);
         assert_eq!(marks(&count(10.0)), ["0", "2", "4", "6", "8", "10"]);
         assert_eq!(
             marks(&count(0.3)),
             ["0", "0.05", "0.1", "0.15", "0.2", "0.25", "0.3"]
         );
-        assert_eq!(marks(&count(7e6)), ["0", "2M", "4M", "6M"]);
+        assert_eq!(marks(&count(7e6)), ["0", "2M", "4M", "6M", "8M"]);
         assert_eq!(marks(&count(0.0)).first(), Some(&"0"));
         let bytes = Axis::bytes("", 4 << 30);
         assert_eq!(marks(&bytes), ["0 B", "1 GiB", "2 GiB", "3 GiB", "4 GiB"]);
         assert_eq!(marks(&Axis::bytes("", 0)), ["0 B", "1 B"]);
+        let more = Axis::bytes("", (4 << 30) - 1);
+        assert_eq!(marks(&more).last(), Some(&"4 GiB"));
+        // There is nothing beyond the last mark, and nothing above it.
+        for max in [1.0, 3.0, 6.7, 0.1 + 0.2, 99.9, 1e5 / 3.0] {
+            let axis = count(max);
+            let last = axis.marks.last().unwrap().0;
+            assert!(
+                (axis.max - last).abs() < 1e-6 && axis.max >= max * (1.0 - 1e-6),
+                "{max}"
+            );
+            let bytes = Axis::bytes("", max.ceil() as u64);
+            let last = bytes.marks.last().unwrap().0;
+            assert!(bytes.max == last && last >= max, "{max}");
+        }
+        assert_eq!(Axis::time(7.3).max, 7.3);
         let long = Axis::time(600.0);
         assert_eq!(marks(&long), ["0", "2", "4", "6", "8", "10"]);
         assert_eq!((long.max, long.marks[5].0), (600.0, 600.0));
@@ -261,16 +350,35 @@ mod tests {
             "a",
             Axis::count("x", 10.0),
             Axis::count("y", 4.0),
-            (860.0, 148.0),
+            (860.0, 154.0),
         );
         chart.line("c", [(0.0, 0.0), (10.0, 4.0), (5.0, 2.0)].into_iter());
         chart.areas("d", [((0.0, 0.0), (5.0, 4.0))].into_iter());
+        chart.band("e", &[(0.0, 0.0, 2.0), (5.0, 2.0, 4.0)]);
+        chart.ticks("f", false, [0.0, 5.0].into_iter());
+        chart.across("g", 2.0, "<half>");
+        chart.up("h", 2.5, "early");
+        chart.up("i", 10.0, "late");
         let svg = chart.finish();
+        for drawn in [
+            "class=\"e\" d=\"M76.0 64.0L454.0 14.0L454.0 64.0L76.0 114.0z\"",
+            "class=\"tick f\" d=\"M76.0 13v-4M454.0 13v-4\"",
+            "class=\"rule g\" d=\"M76 64.0H832\"",
+            "x=\"828.0\" y=\"60.0\">&lt;half&gt;<",
+            "class=\"rule h\" d=\"M265.0 14V114\"",
+            "class=\"name h\" x=\"270.0\"",
+            "class=\"name i end\" x=\"827.0\"",
+        ] {
+            assert!(svg.contains(drawn), "{drawn}: {svg}");
+        }
         assert!(
-            svg.contains("points=\"76.0,108.0 832.0,8.0 454.0,58.0 \""),
+            svg.contains("points=\"76.0,114.0 832.0,14.0 454.0,64.0 \""),
             "{svg}"
         );
-        assert!(svg.contains("d=\"M76.0 8.0h378.0v100.0h-378.0z\""), "{svg}");
+        assert!(
+            svg.contains("d=\"M76.0 14.0h378.0v100.0h-378.0z\""),
+            "{svg}"
+        );
     }
 
     #[test]

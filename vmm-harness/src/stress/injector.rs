@@ -1,9 +1,11 @@
 //! Who makes things go wrong, at times that follow from the seed.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use serde::Serialize;
 use virtio_mem_wire::{Answer, RequestKind};
 
@@ -26,42 +28,25 @@ const STALL: Duration = Duration::from_millis(40);
 /// How long a host call that is to fail may not come.
 const ARMED: Duration = Duration::from_millis(50);
 
-/// Something to go wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+/// Something to go wrong. Its name is that of the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Fault {
     /// The host does not make memory accessible.
     Open,
     /// The host does not take memory back.
     Discard,
-    /// The hypervisor does not create or remove a slot.
+    /// The hypervisor does not create or remove a memory slot.
     Slot,
-    /// Requests are held off, and not, and held off again.
+    /// Requests are held off in bursts.
     Busy,
-    /// A vCPU does not run for some milliseconds.
+    /// A vCPU does not run for some milliseconds; on KVM only.
     Stall,
 }
 
-impl Fault {
-    /// Every fault.
-    pub const ALL: [Self; 5] = [
-        Self::Open,
-        Self::Discard,
-        Self::Slot,
-        Self::Busy,
-        Self::Stall,
-    ];
-
-    /// Its name.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Open => "open",
-            Self::Discard => "discard",
-            Self::Slot => "slot",
-            Self::Busy => "busy",
-            Self::Stall => "stall",
-        }
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 
@@ -75,7 +60,8 @@ pub(super) struct Injector {
     limit: Duration,
     /// Locked while something is wrong.
     random: Mutex<fastrand::Rng>,
-    counts: [AtomicU64; Fault::ALL.len()],
+    /// Of each of the kinds.
+    counts: Vec<AtomicU64>,
 }
 
 impl Injector {
@@ -87,7 +73,7 @@ impl Injector {
             vcpu_count: options.guest.vcpu_count,
             limit: options.stuck_after,
             random: Mutex::new(fastrand::Rng::with_seed(seed)),
-            counts: Default::default(),
+            counts: options.faults.iter().map(|_| AtomicU64::new(0)).collect(),
         }
     }
 
@@ -96,7 +82,8 @@ impl Injector {
         let gap = || below(&mut lock(&self.random), GAP);
         while !self.kinds.is_empty() && !over.wait(gap()) {
             let mut random = lock(&self.random);
-            let fault = self.kinds[random.usize(0..self.kinds.len())];
+            let index = random.usize(0..self.kinds.len());
+            let fault = self.kinds[index];
             let struck = match fault {
                 Fault::Open => self.host_call(machine, HostCall::Open, over)?,
                 Fault::Discard => self.host_call(machine, HostCall::Discard, over)?,
@@ -107,10 +94,10 @@ impl Injector {
                     stall(machine, vcpu, below(&mut random, STALL), over)
                 }
             };
-            self.counts[fault as usize].fetch_add(u64::from(struck), Ordering::Relaxed);
+            self.counts[index].fetch_add(u64::from(struck), Ordering::Relaxed);
             let failure = machine.handle().status().failure;
             check("device-has-not-failed", failure.is_none(), || {
-                format!("after {}: {failure:?}", fault.name())
+                format!("after {fault}: {failure:?}")
             })?;
         }
         Ok(())
@@ -132,7 +119,11 @@ impl Injector {
             .counts
             .iter()
             .map(|count| count.load(Ordering::Relaxed));
-        Fault::ALL.into_iter().zip(counts).filter(|(_, n)| *n > 0)
+        self.kinds
+            .iter()
+            .copied()
+            .zip(counts)
+            .filter(|(_, n)| *n > 0)
     }
 
     /// Lets the next call of the host fail; whether one came. The device has then undone it, and the driver hears that

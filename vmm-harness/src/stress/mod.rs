@@ -23,6 +23,7 @@ mod observer;
 mod operator;
 mod pattern;
 mod record;
+mod series;
 mod stop;
 mod summary;
 mod watch;
@@ -37,6 +38,7 @@ use thiserror::Error;
 
 pub use self::injector::Fault;
 pub use self::pattern::Pattern;
+pub(crate) use self::series::RECENT;
 pub use self::summary::{FaultCount, Latency, ReasonCount, Summary};
 
 use self::budget::Budget;
@@ -91,6 +93,8 @@ pub struct Failure {
     pub resize: u64,
     /// The size that was asked for last.
     pub target: u64,
+    /// When it was found, since the run began.
+    pub after: Duration,
     /// What happened.
     #[source]
     pub source: DemoError,
@@ -113,6 +117,8 @@ pub struct Run {
     pub summary: Summary,
     /// What was measured, for each guest.
     pub vms: Vec<report::Vm>,
+    /// What all guests held of the budget over time.
+    pub held: Vec<report::Held>,
     /// What the guests ran on.
     pub backend: String,
     /// The first failure.
@@ -209,6 +215,7 @@ impl Shared<'_> {
                 vm,
                 resize,
                 target,
+                after: self.began.elapsed(),
                 source,
             })
         });
@@ -279,7 +286,8 @@ pub fn run(
     let capacity = plan.capacity().saturating_mul(options.vm_count as u64);
     let most = options.budget.unwrap_or(capacity);
     check_pool(options.guest.backing, most.min(capacity))?;
-    let budget = Budget::new(options.vm_count, most);
+    let began = Instant::now();
+    let budget = Budget::new(options.vm_count, most, began);
     let state = || VmState {
         recorder: Mutex::new(Recorder::new()),
         summary: Mutex::default(),
@@ -288,7 +296,7 @@ pub fn run(
     let shared = Shared {
         options,
         plan,
-        began: Instant::now(),
+        began,
         interrupted,
         resizes: AtomicU64::new(0),
         stop: Stop::default(),
@@ -332,6 +340,7 @@ pub fn run(
     Ok(Run {
         summary,
         vms: vms.map(|vm| unwrap(vm.recorder).into_vm()).collect(),
+        held: shared.budget.into_history(),
         backend: lock(&shared.backend).clone(),
         failure: lock(&shared.failure).take(),
         interrupted: interrupted.load(Ordering::Relaxed),

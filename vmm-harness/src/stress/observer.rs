@@ -160,6 +160,8 @@ impl Observer<'_> {
             blocks_plugged: self.before.blocks_plugged + plugged,
             blocks_unplugged: self.before.blocks_unplugged + unplugged,
             pages_verified: self.before.pages_verified + pages_verified(&look.report),
+            rests: live.rests,
+            lives: live.lives,
         };
         let plugged = || self.machine.handle().plugged();
         lock(&state.recorder).sample(*live, plugged);

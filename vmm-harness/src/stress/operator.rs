@@ -94,7 +94,11 @@ impl<'a> Operator<'a> {
         let blocks = Arc::new(Blocks::new(machine.device().geometry().block_size()));
         let observed = machine.handle().add_observer(Arc::clone(&blocks));
         observed.map_err(io::Error::other)?;
-        let earlier = *lock(&self.state().live);
+        let earlier = {
+            let mut live = lock(&self.state().live);
+            live.lives += 1;
+            *live
+        };
         let observer = Observer {
             shared,
             vm: self.vm,
@@ -119,7 +123,7 @@ impl<'a> Operator<'a> {
         summary.blocks_unplugged += unplugged;
         summary.add_life(&last, &handle.latencies());
         for (fault, count) in injector.counts() {
-            summary.add_fault(fault.name(), count);
+            summary.add_fault(fault, count);
         }
         let mut live = lock(&self.state().live);
         live.blocks_plugged = summary.blocks_plugged;
@@ -270,6 +274,7 @@ impl<'a> Operator<'a> {
         no_slot_leaked(machine.device(), machine.slots())?;
         no_mapping_leaked(machine.device())?;
         self.alone(|| begun.nothing_leaked_but_mappings())?;
+        lock(&self.state().live).rests += 1;
         lock(&self.state().summary).rests += 1;
         Ok(())
     }

@@ -1,12 +1,14 @@
 //! Which sizes are asked for, one after another, and whether each is waited for.
 
+use std::fmt;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use serde::Serialize;
 
-/// How the target moves.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+/// How the target moves. Its name is that of the command line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Pattern {
     /// Up in steps, each waited for, then down at once.
     Sawtooth,
@@ -17,6 +19,12 @@ pub enum Pattern {
     Thrash,
     /// Many sizes within no time, then one that is waited for, then a pause.
     Burst,
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 /// What follows a target.

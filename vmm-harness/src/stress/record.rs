@@ -1,56 +1,12 @@
-//! Samples, as many as there is room for.
+//! What was seen of a guest, as much as there is room for.
 
 use virtio_mem_wire::{BlockMap, BlockRange};
 
+use super::series::{Series, keep_extremes};
 use crate::report::{Map, Sample, Vm};
-
-/// Samples of a guest that are kept at most.
-const SAMPLES: usize = 2000;
-
-/// Maps of a guest that are kept at most.
-const MAPS: usize = 400;
 
 /// Shares a map of the region has at most.
 const SHARES: u64 = 128;
-
-/// A series that stays below a length: once it is full, every second entry goes, and from then on every second that
-/// comes.
-#[derive(Debug)]
-struct Series<T> {
-    kept: Vec<T>,
-    room: usize,
-    /// One of so many is kept.
-    stride: u64,
-    seen: u64,
-}
-
-impl<T> Series<T> {
-    fn new(room: usize) -> Self {
-        Self {
-            kept: Vec::new(),
-            room,
-            stride: 1,
-            seen: 0,
-        }
-    }
-
-    fn push(&mut self, entry: impl FnOnce() -> T) {
-        if self.seen.is_multiple_of(self.stride) {
-            if self.kept.len() == self.room {
-                let mut index = 0;
-                self.kept.retain(|_| {
-                    index += 1;
-                    index % 2 == 1
-                });
-                self.stride *= 2;
-            }
-            if self.seen.is_multiple_of(self.stride) {
-                self.kept.push(entry());
-            }
-        }
-        self.seen += 1;
-    }
-}
 
 /// One guest over time.
 #[derive(Debug)]
@@ -62,24 +18,25 @@ pub(super) struct Recorder {
 impl Recorder {
     pub(super) fn new() -> Self {
         Self {
-            samples: Series::new(SAMPLES),
-            maps: Series::new(MAPS),
+            samples: Series::new(|samples| keep_extremes(samples, &Sample::SIZES)),
+            maps: Series::new(|maps| maps.truncate(1)),
         }
     }
 
     pub(super) fn sample(&mut self, sample: Sample, plugged: impl FnOnce() -> BlockMap) {
-        let seconds = sample.seconds;
-        self.samples.push(|| sample);
-        self.maps.push(|| Map {
-            seconds,
+        self.samples.push(sample);
+        self.maps.push(Map {
+            seconds: sample.seconds,
             shares: shares(&plugged()),
         });
     }
 
     pub(super) fn into_vm(self) -> Vm {
         Vm {
-            samples: self.samples.kept,
-            maps: self.maps.kept,
+            looks: self.samples.seen(),
+            stride: self.samples.stride(),
+            samples: self.samples.into_kept(),
+            maps: self.maps.into_kept(),
         }
     }
 }
@@ -110,17 +67,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_series_keeps_its_first_entry_equal_distances_and_its_bound() {
-        for len in [0, 1, 7, 8, 9, 100, 10_000] {
-            let mut series = Series::new(8);
-            (0..len).for_each(|i| series.push(|| i));
-            assert!(series.kept.len() <= 8);
-            let expected: Vec<u64> = (0..len)
-                .step_by(usize::try_from(series.stride).unwrap())
-                .collect();
-            assert_eq!(series.kept, expected);
-            assert!(len < 8 || series.kept.len() >= 4);
+    fn a_size_that_was_there_for_one_look_is_in_a_long_recording() {
+        let mut recorder = Recorder::new();
+        for look in 0..50_000_u64 {
+            let short = u64::from(look == 12_345);
+            let sample = Sample {
+                seconds: look as f64,
+                requested: 10 + 90 * short,
+                most_plugged: 10,
+                online: 10 - 9 * short,
+                resident: 5 + 2 * short,
+                ..Sample::default()
+            };
+            recorder.sample(sample, || BlockMap::new(4));
         }
+        let vm = recorder.into_vm();
+        assert_eq!((vm.looks, vm.stride), (50_000, 256));
+        let there = vm.samples.iter().find(|sample| sample.requested == 100);
+        let there = there.unwrap();
+        assert_eq!(
+            (there.seconds, there.online, there.resident),
+            (12_345.0, 1, 7)
+        );
+        assert!(vm.samples.len() < 3000 && vm.maps.len() <= 500);
+        assert!(vm.samples.is_sorted_by_key(|sample| sample.seconds));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use serde::Serialize;
 use virtio_mem::{Histogram, Latencies};
 use virtio_mem_wire::{Answer, RequestKind};
 
+use super::Fault;
 use crate::Report;
 use crate::control::Reason;
 use crate::demo::pages_verified;
@@ -48,8 +49,8 @@ pub struct Summary {
 /// Faults of one kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FaultCount {
-    /// Its name, as on the command line.
-    pub fault: &'static str,
+    /// What went wrong.
+    pub fault: Fault,
     /// How many.
     pub count: u64,
 }
@@ -81,6 +82,32 @@ pub struct Latency {
 }
 
 impl Summary {
+    /// The totals, as people read them: how many, and of what.
+    #[must_use]
+    pub fn totals(&self) -> Vec<(String, &'static str)> {
+        let mut totals = vec![
+            (format!("{:.1}", self.seconds), "seconds"),
+            (self.resizes.to_string(), "resizes"),
+            (self.rests.to_string(), "times at rest, all checked"),
+            (self.observations.to_string(), "looks on the way"),
+            (self.lives.to_string(), "guests started"),
+            (self.blocks_plugged.to_string(), "blocks plugged"),
+            (self.blocks_unplugged.to_string(), "blocks unplugged"),
+            (self.pages_written.to_string(), "pages written"),
+            (self.pages_verified.to_string(), "pages verified"),
+            (self.pages_moved.to_string(), "pages moved"),
+            (
+                self.most_unmovable.to_string(),
+                "pages at most not movable at a time",
+            ),
+        ];
+        if self.rogues > 0 {
+            let caught = "accesses to unplugged memory, all caught";
+            totals.push((self.rogues.to_string(), caught));
+        }
+        totals
+    }
+
     /// Adds a life that is over: what its guest and its device counted.
     pub(super) fn add_life(&mut self, report: &Report, latencies: &Latencies) {
         self.lives += 1;
@@ -97,7 +124,7 @@ impl Summary {
         }
     }
 
-    pub(super) fn add_fault(&mut self, fault: &'static str, count: u64) {
+    pub(super) fn add_fault(&mut self, fault: Fault, count: u64) {
         match self.faults.iter_mut().find(|have| have.fault == fault) {
             Some(have) => have.count += count,
             None => self.faults.push(FaultCount { fault, count }),
