@@ -78,7 +78,8 @@ fn open_or_skip(dir: &TempDir, test: &str) -> Option<Browser> {
         Err(error) => {
             assert!(error.is_about_packages(), "{error}");
             let reason = format!("packages cannot be had: {error}");
-            writeln!(std::io::stderr(), "SKIPPED {test}: {reason}").unwrap();
+            let mut stderr = std::io::stderr().lock();
+            writeln!(stderr, "SKIPPED {test}: {reason}").unwrap();
             None
         }
     }
@@ -413,7 +414,7 @@ fn the_report_is_whole_self_contained_and_readable() {
         ("vms", json!(2), "guests", "2"),
         ("vcpus", json!(2), "vCPUs", "2"),
         ("budget", json!(1536_u64 << 20), "budget", "1.5 GiB"),
-        ("guest", json!("auto"), "guest", "auto"),
+        ("guest", json!("auto"), "run on", "auto"),
         ("backing", json!("anon"), "backing", "anon"),
         ("policy", json!("direct"), "policy", "direct"),
         ("mode", json!(null), "mode", "the driver's choice"),
@@ -540,7 +541,7 @@ fn picture() {
     let variable = |name| std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set"));
     let page = Path::new(&variable("VMEM_REPORT")).join("index.html");
     let mut browser = Browser::open(&page, 1000, 1420).unwrap();
-    browser.ask("Emulation.setScrollbarsHidden", json!({ "hidden": true }));
+    browser.evaluate("document.documentElement.style.scrollbarWidth = 'none'");
     let counts = screenshot(&mut browser, Some(Path::new(&variable("VMEM_PICTURE"))));
     assert!(counts.len() > 20);
 }

@@ -331,9 +331,11 @@ mod tests {
                 (axis.max - last).abs() < 1e-6 && axis.max >= max * (1.0 - 1e-6),
                 "{max}"
             );
-            let bytes = Axis::bytes("", max.ceil() as u64);
+        }
+        for max in [1_u64, 3, 1000, (1 << 30) + 1, (3 << 30) - 1, 1088 << 20] {
+            let bytes = Axis::bytes("", max);
             let last = bytes.marks.last().unwrap().0;
-            assert!(bytes.max == last && last >= max, "{max}");
+            assert!(bytes.max == last && last >= max as f64, "{max}");
         }
         assert_eq!(Axis::time(7.3).max, 7.3);
         let long = Axis::time(600.0);

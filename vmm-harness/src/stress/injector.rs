@@ -99,7 +99,7 @@ impl Injector {
             self.counts[index].fetch_add(u64::from(struck), Ordering::Relaxed);
             let failure = machine.handle().status().failure;
             check("device-has-not-failed", failure.is_none(), || {
-                format!("after {}: {failure:?}", fault)
+                format!("after {fault}: {failure:?}")
             })?;
         }
         Ok(())
