@@ -80,7 +80,7 @@ fn options(options: &Options) -> String {
             ),
             ("guests", &options.vms.to_string()),
             ("budget", &or(options.budget.map(size), "none")),
-            ("guest", &options.guest.to_string()),
+            ("run on", &options.guest.to_string()),
             ("vCPUs", &options.vcpus.to_string()),
             ("boot memory", &size(options.boot_memory)),
             ("region", &size(options.region)),

@@ -187,10 +187,10 @@ impl OverTime<'_> {
             Axis::bytes("offset in the region", region_size),
             300.0,
         );
-        let ends = vm.maps.iter().skip(1).map(|map| map.seconds);
-        let columns: Vec<_> = vm.maps.iter().zip(ends.chain([self.seconds])).collect();
         for shade in b'1'..=b'9' {
-            let areas = columns.iter().flat_map(|(map, end)| {
+            // Nothing is known of what came after the last look.
+            let areas = vm.maps.windows(2).flat_map(|looks| {
+                let [map, next] = [&looks[0], &looks[1]];
                 let shares = map.shares.as_bytes();
                 let height = region_size as f64 / shares.len().max(1) as f64;
                 let mut first = 0;
@@ -201,7 +201,7 @@ impl OverTime<'_> {
                 });
                 runs.map(move |(from, to)| {
                     let y = |share: usize| share as f64 * height;
-                    ((map.seconds, y(from)), (*end, y(to)))
+                    ((map.seconds, y(from)), (next.seconds, y(to)))
                 })
             });
             chart.areas(&format!("share s{}", char::from(shade)), areas);

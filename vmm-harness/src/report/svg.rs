@@ -82,10 +82,11 @@ impl Axis {
 
     /// Powers of ten from 10^`min` to 10^`max`; values are their logarithms.
     pub(super) fn decades(title: &str, min: i32, max: i32, text: impl Fn(i32) -> String) -> Self {
+        let max = max.max(min + 1);
         Self {
             title: title.to_owned(),
             min: f64::from(min),
-            max: f64::from(max.max(min + 1)),
+            max: f64::from(max),
             marks: (min..=max)
                 .map(|mark| (f64::from(mark), text(mark)))
                 .collect(),
@@ -167,50 +168,48 @@ impl Chart {
         self.add(format_args!("\"/>\n"));
     }
 
+    /// A path, if there is any.
+    fn path(&mut self, class: &str, data: &str) {
+        if !data.is_empty() {
+            self.add(format_args!("<path class=\"{class}\" d=\"{data}\"/>\n"));
+        }
+    }
+
     /// Areas of one class, each from one corner to the opposite one.
     pub(super) fn areas(
         &mut self,
         class: &str,
         areas: impl Iterator<Item = ((f64, f64), (f64, f64))>,
     ) {
-        self.add(format_args!("<path class=\"{class}\" d=\""));
-        for (from, to) in areas {
+        let area = |(from, to): ((f64, f64), (f64, f64))| {
             let (left, bottom) = self.at(from.0, from.1);
             let (right, top) = self.at(to.0, to.1);
             let (width, height) = (right - left, bottom - top);
-            self.add(format_args!(
-                "M{left:.1} {top:.1}h{width:.1}v{height:.1}h-{width:.1}z"
-            ));
-        }
-        self.add(format_args!("\"/>\n"));
+            format!("M{left:.1} {top:.1}h{width:.1}v{height:.1}h-{width:.1}z")
+        };
+        let data: String = areas.map(area).collect();
+        self.path(class, &data);
     }
 
     /// The area between two lines, given as pairs of one place across and two up.
     pub(super) fn band(&mut self, class: &str, points: &[(f64, f64, f64)]) {
-        self.add(format_args!("<path class=\"{class}\" d=\""));
         let high = points.iter().map(|(x, _, high)| (*x, *high));
         let low = points.iter().rev().map(|(x, low, _)| (*x, *low));
-        let mut command = 'M';
-        for (x, y) in high.chain(low) {
+        let corner = |(index, (x, y)): (usize, (f64, f64))| {
             let (x, y) = self.at(x, y);
-            self.add(format_args!("{command}{x:.1} {y:.1}"));
-            command = 'L';
-        }
-        if command == 'L' {
-            self.add(format_args!("z"));
-        }
-        self.add(format_args!("\"/>\n"));
+            let command = if index == 0 { 'M' } else { 'L' };
+            format!("{command}{x:.1} {y:.1}")
+        };
+        let data: String = high.chain(low).enumerate().map(corner).collect();
+        self.path(class, &data);
     }
 
     /// Ticks above the plot; `tall` ones are seen from afar.
     pub(super) fn ticks(&mut self, class: &str, tall: bool, places: impl Iterator<Item = f64>) {
         let height = if tall { TICKS.1 } else { TICKS.0 };
-        self.add(format_args!("<path class=\"tick {class}\" d=\""));
-        for x in places {
-            let (x, _) = self.at(x, 0.0);
-            self.add(format_args!("M{x:.1} {}v-{height}", TOP - 1.0));
-        }
-        self.add(format_args!("\"/>\n"));
+        let tick = |x| format!("M{:.1} {}v-{height}", self.at(x, 0.0).0, TOP - 1.0);
+        let data: String = places.map(tick).collect();
+        self.path(&format!("tick {class}"), &data);
     }
 
     /// A line across the plot at a value, and what it is.
@@ -274,7 +273,7 @@ impl Chart {
         self.body.push_str(&body);
         let (across, down) = ((left + right) / 2.0, (top + bottom) / 2.0);
         self.add(format_args!(
-            "<path class=\"axis\" d=\"M{left} {top}V{bottom}H{right}\"/>\
+            "<path class=\"axis frame\" d=\"M{left} {top}V{bottom}H{right}\"/>\
              <text class=\"middle\" x=\"{across:.1}\" y=\"{:.1}\">{}</text>\
              <text class=\"middle\" transform=\"translate(12 {down:.1}) rotate(-90)\">{}</text>\n</svg>\n",
             height - 6.0,
@@ -332,9 +331,11 @@ mod tests {
                 (axis.max - last).abs() < 1e-6 && axis.max >= max * (1.0 - 1e-6),
                 "{max}"
             );
-            let bytes = Axis::bytes("", max.ceil() as u64);
+        }
+        for max in [1_u64, 3, 1000, (1 << 30) + 1, (3 << 30) - 1, 1088 << 20] {
+            let bytes = Axis::bytes("", max);
             let last = bytes.marks.last().unwrap().0;
-            assert!(bytes.max == last && last >= max, "{max}");
+            assert!(bytes.max == last && last >= max as f64, "{max}");
         }
         assert_eq!(Axis::time(7.3).max, 7.3);
         let long = Axis::time(600.0);
@@ -342,6 +343,8 @@ mod tests {
         assert_eq!((long.max, long.marks[5].0), (600.0, 600.0));
         let decades = Axis::decades("", 0, 2, |ten| format!("1e{ten}"));
         assert_eq!(marks(&decades), ["1e0", "1e1", "1e2"]);
+        let one = Axis::decades("", 0, 0, |ten| format!("1e{ten}"));
+        assert_eq!(marks(&one), ["1e0", "1e1"]);
     }
 
     #[test]
@@ -361,7 +364,7 @@ mod tests {
         chart.up("i", 10.0, "late");
         let svg = chart.finish();
         for drawn in [
-            "class=\"e\" d=\"M76.0 64.0L454.0 14.0L454.0 64.0L76.0 114.0z\"",
+            "class=\"e\" d=\"M76.0 64.0L454.0 14.0L454.0 64.0L76.0 114.0\"",
             "class=\"tick f\" d=\"M76.0 13v-4M454.0 13v-4\"",
             "class=\"rule g\" d=\"M76 64.0H832\"",
             "x=\"828.0\" y=\"60.0\">&lt;half&gt;<",

@@ -77,12 +77,7 @@ impl Browser {
                 .filter_map(|(name, value)| Some((name, value?))),
         );
         shell
-            .args([
-                "--headless",
-                "--remote-debugging-pipe",
-                "--disable-gpu",
-                "--hide-scrollbars",
-            ])
+            .args(["--headless", "--remote-debugging-pipe", "--disable-gpu"])
             // The sandbox needs privileges a test may not have, and the page is our own.
             .args(["--no-sandbox", "--disable-dev-shm-usage", "--no-first-run"])
             .arg(format!("--window-size={width},{height}"))
