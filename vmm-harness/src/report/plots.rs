@@ -17,7 +17,7 @@ const BINS: usize = 200;
 /// online stays what it is until it changes, so these lines go in steps.
 const MEMORY: [(&str, &str); 4] = [
     ("requested", "requested"),
-    ("plugged", "plugged, the most since the look before"),
+    ("plugged", "plugged at the most"),
     ("online", "online in the guest"),
     ("resident", "resident on the host"),
 ];

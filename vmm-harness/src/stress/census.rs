@@ -160,7 +160,10 @@ mod tests {
         let ended = Arc::new(Mutex::new(ended));
         let threads = [(); MANY].map(|()| {
             let ended = Arc::clone(&ended);
-            thread::spawn(move || drop(lock(&ended).recv()))
+            thread::spawn(move || {
+                // Nothing is sent; the end is the end.
+                let _ = lock(&ended).recv();
+            })
         });
         let backing = Anonymous::base_pages(1 << 40).unwrap();
         let start = backing.host_address().as_ptr().addr() as u64;
@@ -176,7 +179,9 @@ mod tests {
         backing.open(4096..8192).unwrap();
         assert_eq!(mappings_in(&region).unwrap(), 3);
         drop((files, backing, end));
-        threads.map(|thread| thread.join().unwrap());
+        threads
+            .into_iter()
+            .for_each(|thread| thread.join().unwrap());
     }
 
     #[test]

@@ -28,6 +28,9 @@ const ROGUE_LIFE: u64 = 20;
 /// How long a guest may take for a report before it is asked whether the run is over.
 const REPORT_INTERVAL: Duration = Duration::from_millis(250);
 
+/// What is not too late for a report whatever was asked for: the threads of a guest wait for processors as others do.
+const LATE: Duration = Duration::from_secs(10);
+
 /// Resizes one guest.
 #[derive(Debug)]
 pub(super) struct Operator<'a> {
@@ -228,6 +231,7 @@ impl<'a> Operator<'a> {
             target: demo::size(self.target),
             source,
         };
+        let limit = self.shared.options.stuck_after.max(LATE);
         let mut answered = Instant::now();
         while self.shared.goes_on() {
             match machine.report(REPORT_INTERVAL) {
@@ -244,8 +248,7 @@ impl<'a> Operator<'a> {
                         _ => {}
                     }
                 }
-                Err(ReportError::Late(_))
-                    if answered.elapsed() < self.shared.options.stuck_after => {}
+                Err(ReportError::Late(_)) if answered.elapsed() < limit => {}
                 Err(error) => return Err(failed(error)),
             }
         }
