@@ -4,12 +4,16 @@
 
 #[expect(dead_code, reason = "a stress run makes its own devices")]
 mod common;
+#[expect(dead_code, reason = "a stress run leaves most of a terminal alone")]
+#[path = "common/terminal.rs"]
+mod pty;
 
 use std::fs;
 use std::io::Read;
 use std::process::{Command, Output, Stdio};
 
 use common::kvm_or_skip;
+use pty::Terminal;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -280,6 +284,38 @@ fn a_signal_ends_a_run_in_order() {
             "{out}"
         );
     }
+}
+
+#[test]
+fn progress_is_a_bar_on_a_terminal_and_ctrl_c_ends_the_run() {
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmem"));
+        command.args(["stress", "--guest", "in-process", "--region", "256M"]);
+        command.args(args);
+        Terminal::new(command, 120, 24)
+    };
+    let mut endless = run(&["--duration", "1h", "--pattern", "thrash"]);
+    // How far, how fast, and how long still.
+    endless.until("the bar", |rows| {
+        let parts = ["░", "  0% ", "/s), ", " blocks moved, ", "m left"];
+        let is_bar = |row: &String| parts.iter().all(|part| row.contains(part));
+        rows.iter().any(is_bar)
+    });
+    endless.press(b"\x03");
+    let (code, contents) = endless.end();
+    assert_eq!(code, Some(4), "{contents}");
+    let last = "0 failures until it was ended early";
+    assert!(contents.contains(last), "{contents}");
+
+    let short = run(&["--resizes", "100", "--pattern", "thrash"]);
+    short.until_shown("/100 ");
+    let (code, contents) = short.end();
+    assert_eq!(code, Some(0), "{contents}");
+    let rest = contents.lines().nth(1).unwrap();
+    assert!(
+        rest.starts_with("in-process, "),
+        "the bar is still there: {contents}"
+    );
 }
 
 #[test]

@@ -2,6 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod pictures;
+#[path = "../common/terminal.rs"]
+mod pty;
 #[path = "../common/running.rs"]
 mod running;
 mod svg;

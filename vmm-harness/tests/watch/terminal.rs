@@ -1,216 +1,28 @@
 //! What it does to a terminal: a real pseudo terminal, with an emulator at the other end, and a live `vmem run`.
-#![expect(
-    unsafe_code,
-    reason = "a terminal becomes a child's own between fork and exec"
-)]
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::num::NonZeroU16;
-use std::os::unix::process::CommandExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
-use rustix::process::{Pid, Signal, ioctl_tiocsctty, kill_process, setsid};
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize};
+use rustix::process::Signal;
 use tempfile::TempDir;
 use vmm_harness::watch::with_screen;
 
+use crate::pty::{BEFORE, Terminal};
 use crate::running::{Running, output, vmem};
 use crate::svg::svg;
 
-/// Far more than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// What was on the terminal before.
-const BEFORE: &[u8] = b"$ vmem watch";
-
-/// A terminal with a command in it.
-struct Terminal {
-    keyboard: File,
-    /// Keeps the terminal there when the command has ended.
-    line: File,
-    parser: Arc<Mutex<vt100::Parser>>,
-    before: Termios,
-    reader: Option<JoinHandle<()>>,
-    child: Child,
-}
-
-impl Terminal {
-    fn new(mut command: Command, columns: u16, rows: u16) -> Self {
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-        let emulator = openpt(flags).unwrap();
-        grantpt(&emulator).unwrap();
-        unlockpt(&emulator).unwrap();
-        let name = ptsname(&emulator, Vec::new())
-            .unwrap()
-            .into_string()
-            .unwrap();
-        let line = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(name)
-            .unwrap();
-        let emulator = File::from(emulator);
-        tcsetwinsize(&emulator, size(columns, rows)).unwrap();
-        let before = tcgetattr(&line).unwrap();
-        let mut parser = vt100::Parser::new(nonzero(rows), nonzero(columns), 0);
-        parser.process(BEFORE);
-        let parser = Arc::new(Mutex::new(parser));
-
-        let end = || line.try_clone().unwrap();
-        command.stdin(end()).stdout(end()).stderr(end());
-        command
-            .env("TERM", "xterm-256color")
-            .env_remove("NO_COLOR")
-            .env_remove("RUST_LOG");
-        let become_terminal = || {
-            setsid()?;
-            ioctl_tiocsctty(rustix::stdio::stdin())?;
-            Ok(())
-        };
-        // SAFETY: two system calls, which may be made there.
-        unsafe { command.pre_exec(become_terminal) };
-        let child = command.spawn().unwrap();
-
-        let screen = Arc::clone(&parser);
-        let mut output = emulator.try_clone().unwrap();
-        let reader = thread::spawn(move || {
-            let mut bytes = [0; 4096];
-            // An error is that the other end is closed.
-            while let Ok(len @ 1..) = output.read(&mut bytes) {
-                screen.lock().unwrap().process(&bytes[..len]);
-            }
-        });
-        Self {
-            keyboard: emulator,
-            line,
-            parser,
-            before,
-            reader: Some(reader),
-            child,
-        }
-    }
-
-    fn watch(socket: &Path) -> Self {
-        let socket = socket.to_str().unwrap();
-        Self::new(
-            vmem(&["watch", "--interval", "50ms", "--api-sock", socket]),
-            80,
-            24,
-        )
-    }
-
-    fn parser(&self) -> MutexGuard<'_, vt100::Parser> {
-        self.parser.lock().unwrap()
-    }
-
-    /// The rows of the screen.
-    fn rows(&self) -> Vec<String> {
-        let parser = self.parser();
-        let columns = parser.screen().size().1.get();
-        parser.screen().rows(0, columns).collect()
-    }
-
-    fn until(&self, what: &str, done: impl Fn(&[String]) -> bool) {
-        let start = Instant::now();
-        while !done(&self.rows()) {
-            let screen = self.rows().join("\n");
-            assert!(start.elapsed() < PATIENCE, "not there: {what}\n{screen}");
-            thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    fn until_shown(&self, text: &str) {
-        self.until(text, |rows| rows.iter().any(|row| row.contains(text)));
-    }
-
-    fn press(&mut self, keys: &[u8]) {
-        self.keyboard.write_all(keys).unwrap();
-    }
-
-    fn resize(&self, columns: u16, rows: u16) {
-        self.parser()
-            .screen_mut()
-            .set_size(nonzero(rows), nonzero(columns));
-        tcsetwinsize(&self.keyboard, size(columns, rows)).unwrap();
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    fn assert_taken(&self) {
-        assert!(self.parser().screen().alternate_screen());
-        let modes = tcgetattr(&self.line).unwrap().local_modes;
-        assert!(
-            !modes.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG),
-            "{modes:?}"
-        );
-    }
-
-    /// Waits for the end of the command; the terminal must then be as it was. What is on it, and the exit code.
-    fn end(mut self) -> (Option<i32>, String) {
-        let start = Instant::now();
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            assert!(
-                start.elapsed() < PATIENCE,
-                "it does not end:\n{}",
-                self.rows().join("\n")
-            );
-            thread::sleep(Duration::from_millis(10));
-        };
-        let after = tcgetattr(&self.line).unwrap();
-        assert_eq!(
-            format!("{after:?}"),
-            format!("{:?}", self.before),
-            "modes are not restored"
-        );
-        // Its last user: all that was written is read before the reader is told of the end.
-        let Self {
-            line,
-            parser,
-            reader,
-            ..
-        } = &mut self;
-        *line = File::open("/dev/null").unwrap();
-        reader.take().unwrap().join().unwrap();
-        let parser = parser.lock().unwrap();
-        let screen = parser.screen();
-        assert!(!screen.alternate_screen(), "still on the alternate screen");
-        assert!(!screen.hide_cursor(), "the cursor is hidden");
-        let contents = screen.contents();
-        assert!(contents.as_bytes().starts_with(BEFORE), "{contents}");
-        (status.code(), contents)
-    }
-}
-
-impl Drop for Terminal {
-    fn drop(&mut self) {
-        // A test that has failed leaves none behind; one that has ended is not there to be killed.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn nonzero(number: u16) -> NonZeroU16 {
-    NonZeroU16::new(number).unwrap()
-}
-
-fn size(columns: u16, rows: u16) -> Winsize {
-    Winsize {
-        ws_row: rows,
-        ws_col: columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    }
+fn watch(socket: &Path) -> Terminal {
+    let socket = socket.to_str().unwrap();
+    Terminal::new(
+        vmem(&["watch", "--interval", "50ms", "--api-sock", socket]),
+        80,
+        24,
+    )
 }
 
 fn folder() -> (TempDir, PathBuf) {
@@ -234,7 +46,7 @@ fn vmem_resize(socket: &Path, size: &str) {
 fn live_guest_is_shown_and_the_terminal_is_given_back() {
     let (_folder, socket) = folder();
     let running = Running::start(&socket, &["--size", "64M"]);
-    let mut terminal = Terminal::watch(&socket);
+    let mut terminal = watch(&socket);
     terminal.until_shown(" plugged 64 MiB ");
     terminal.assert_taken();
     vmem_resize(&socket, "256M");
@@ -291,7 +103,7 @@ fn interrupts_and_signals_end_it_as_q_does() {
         &|terminal| terminal.signal(Signal::INT),
     ];
     for end in ends {
-        let mut terminal = Terminal::watch(&socket);
+        let mut terminal = watch(&socket);
         terminal.until_shown(" plugged 0 B ");
         terminal.assert_taken();
         end(&mut terminal);
@@ -306,7 +118,7 @@ fn interrupts_and_signals_end_it_as_q_does() {
 fn server_that_goes_is_looked_for_and_found() {
     let (_folder, socket) = folder();
     let running = Running::start(&socket, &["--size", "64M"]);
-    let mut terminal = Terminal::watch(&socket);
+    let mut terminal = watch(&socket);
     terminal.until_shown(" plugged 64 MiB ");
     running.signal(Signal::KILL);
     assert_eq!(running.end().0, None);
@@ -331,7 +143,7 @@ fn server_that_goes_is_looked_for_and_found() {
 fn guest_that_is_not_started_has_no_blocks_yet() {
     let (_folder, socket) = folder();
     let running = Running::start(&socket, &["--no-start", "--size", "64M"]);
-    let mut terminal = Terminal::watch(&socket);
+    let mut terminal = watch(&socket);
     terminal.until_shown("Not started");
     terminal.until_shown("the guest is not started");
     terminal.until_shown(" blocks: none yet ");
@@ -344,7 +156,7 @@ fn guest_that_is_not_started_has_no_blocks_yet() {
 #[test]
 fn what_it_cannot_watch_or_draw_on_is_an_error_before_the_terminal_is_taken() {
     let (_folder, socket) = folder();
-    let terminal = Terminal::watch(&socket);
+    let terminal = watch(&socket);
     let (code, contents) = terminal.end();
     assert_eq!(code, Some(1));
     assert!(contents.contains("nobody serves"), "{contents}");
@@ -388,17 +200,15 @@ fn in_terminal(test: &str) -> (Option<i32>, String) {
         "--test-threads=1",
     ]);
     command.env("RUST_BACKTRACE", "0");
-    Terminal::new(command, 80, 24).end_after_taking()
+    end_after_taking(Terminal::new(command, 80, 24))
 }
 
-impl Terminal {
-    /// As [`end`](Self::end), for a command that says nothing else of having taken the terminal.
-    fn end_after_taking(self) -> (Option<i32>, String) {
-        self.until("the picture", |rows| rows[0].starts_with("taken"));
-        self.assert_taken();
-        self.signal(Signal::USR1);
-        self.end()
-    }
+/// As [`Terminal::end`], for a command that says nothing else of having taken the terminal.
+fn end_after_taking(terminal: Terminal) -> (Option<i32>, String) {
+    terminal.until("the picture", |rows| rows[0].starts_with("taken"));
+    terminal.assert_taken();
+    terminal.signal(Signal::USR1);
+    terminal.end()
 }
 
 #[test]
