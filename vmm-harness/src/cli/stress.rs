@@ -242,8 +242,14 @@ impl Show {
             pages_verified,
             ..
         } = *progress;
+        // No more is asked for, but what was has to come to its end.
+        let rest = match self.limit {
+            Limit::Duration(duration) if elapsed >= duration => "; ending",
+            Limit::Resizes(count) if resizes >= count => "; ending",
+            _ => "",
+        };
         let line = format!(
-            "{resizes} resizes ({:.1}/s), {blocks_moved} blocks moved, {pages_verified} pages verified",
+            "{resizes} resizes ({:.1}/s), {blocks_moved} blocks moved, {pages_verified} pages verified{rest}",
             resizes as f64 / seconds
         );
         if self.bar.is_hidden() {
