@@ -282,12 +282,16 @@ impl OverTime<'_> {
 
 /// How much of what was seen of a guest is drawn.
 fn drawn(vm: &Vm) -> String {
+    let looked = format!(
+        "Looked at {} times, {} apart at the most",
+        vm.looks,
+        duration(vm.longest_gap * 1e6)
+    );
     match vm.stride {
-        1 => format!("Looked at {} times; all looks are drawn.", vm.looks),
+        1 => format!("{looked}; all looks are drawn."),
         stride => format!(
-            "Looked at {} times. Drawn are the last {RECENT} looks, and of each {stride} before them the last and those \
-             at which one of the sizes was least or most.",
-            vm.looks
+            "{looked}. Drawn are the last {RECENT} looks, and of each {stride} before them the last and those at which \
+             one of the sizes was least or most."
         ),
     }
 }
@@ -438,13 +442,17 @@ mod tests {
     fn what_is_not_drawn_is_said() {
         let vm = |stride| Vm {
             looks: 9000,
+            longest_gap: 0.0412,
             stride,
             ..Vm::default()
         };
-        assert_eq!(drawn(&vm(1)), "Looked at 9000 times; all looks are drawn.");
+        assert_eq!(
+            drawn(&vm(1)),
+            "Looked at 9000 times, 41.2 ms apart at the most; all looks are drawn."
+        );
         assert_eq!(
             drawn(&vm(32)),
-            "Looked at 9000 times. Drawn are the last 200 looks, and of each 32 before them the last and those at which \
+            "Looked at 9000 times, 41.2 ms apart at the most. Drawn are the last 200 looks, and of each 32 before them the last and those at which \
              one of the sizes was least or most."
         );
     }
