@@ -540,7 +540,7 @@ fn a_failure_is_where_it_was() {
 fn picture() {
     let variable = |name| std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set"));
     let page = Path::new(&variable("VMEM_REPORT")).join("index.html");
-    let mut browser = Browser::open(&page, 1000, 1570).unwrap();
+    let mut browser = Browser::open(&page, 1000, 1535).unwrap();
     browser.evaluate("document.documentElement.style.scrollbarWidth = 'none'");
     let counts = screenshot(&mut browser, Some(Path::new(&variable("VMEM_PICTURE"))));
     assert!(counts.len() > 20);

@@ -188,6 +188,8 @@ impl From<&StressOptions> for Options {
 pub struct Vm {
     /// How often it was looked at.
     pub looks: u64,
+    /// Seconds between two looks at the most.
+    pub longest_gap: f64,
     /// Looks of an interval. Of each interval there are samples of the last look and of those at which one of the sizes
     /// was least or most, and the map of the first; but of the last 200 looks there is everything.
     pub stride: u64,

@@ -167,15 +167,13 @@ impl OverTime<'_> {
             ("tick rest", "at rest, all checked"),
             ("tick life", "a guest started"),
         ]);
-        let note = match vm.stride {
-            1 => format!("Looked at {} times; all looks are drawn.", vm.looks),
-            stride => format!(
-                "Looked at {} times. Drawn are the last {RECENT} looks, and of each {stride} before them the last and those \
-                 at which one of the sizes was least or most.",
-                vm.looks
-            ),
-        };
-        figure(&format!("memory-{index}"), &title, &legend, &note, chart)
+        figure(
+            &format!("memory-{index}"),
+            &title,
+            &legend,
+            &drawn(vm),
+            chart,
+        )
     }
 
     /// What is plugged of the region of one guest.
@@ -279,6 +277,22 @@ impl OverTime<'_> {
         chart.line(plotted.class, points.into_iter());
         self.mark_failure(&mut chart, None);
         figure(&format!("rate-{}", plotted.class), title, &[], "", chart)
+    }
+}
+
+/// How much of what was seen of a guest is drawn.
+fn drawn(vm: &Vm) -> String {
+    let looked = format!(
+        "Looked at {} times, {} apart at the most",
+        vm.looks,
+        duration(vm.longest_gap * 1e6)
+    );
+    match vm.stride {
+        1 => format!("{looked}; all looks are drawn."),
+        stride => format!(
+            "{looked}. Drawn are the last {RECENT} looks, and of each {stride} before them the last and those at which \
+             one of the sizes was least or most."
+        ),
     }
 }
 
@@ -422,6 +436,32 @@ mod tests {
             assert!((rate - 40.0).abs() < 1e-6, "{rate}");
         }
         assert_eq!(rate(&[], 10.0, |sample| sample.resizes), [(5.0, 0.0)]);
+    }
+
+    #[test]
+    fn what_is_not_drawn_is_said() {
+        let vm = |stride| Vm {
+            looks: 9000,
+            longest_gap: 0.0412,
+            stride,
+            ..Vm::default()
+        };
+        assert_eq!(
+            drawn(&vm(1)),
+            "Looked at 9000 times, 41.2 ms apart at the most; all looks are drawn."
+        );
+        assert_eq!(
+            drawn(&vm(32)),
+            "Looked at 9000 times, 41.2 ms apart at the most. Drawn are the last 200 looks, and of each 32 before them the last and those at which \
+             one of the sizes was least or most."
+        );
+    }
+
+    #[test]
+    fn a_count_is_marked_where_it_has_grown() {
+        let samples = [(1.0, 0), (2.0, 1), (3.0, 1), (4.0, 3)].map(|(s, n)| sample(s, n));
+        let grown: Vec<_> = increases(&samples, |sample| sample.resizes).collect();
+        assert_eq!(grown, [2.0, 4.0]);
     }
 
     #[test]

@@ -13,6 +13,9 @@ const SHARES: u64 = 128;
 pub(super) struct Recorder {
     samples: Series<Sample>,
     maps: Series<Map>,
+    /// When it was looked at last.
+    last: Option<f64>,
+    longest_gap: f64,
 }
 
 impl Recorder {
@@ -20,10 +23,15 @@ impl Recorder {
         Self {
             samples: Series::new(|samples| keep_extremes(samples, &Sample::SIZES)),
             maps: Series::new(|maps| maps.truncate(1)),
+            last: None,
+            longest_gap: 0.0,
         }
     }
 
     pub(super) fn sample(&mut self, sample: Sample, plugged: impl FnOnce() -> BlockMap) {
+        if let Some(last) = self.last.replace(sample.seconds) {
+            self.longest_gap = self.longest_gap.max(sample.seconds - last);
+        }
         self.samples.push(sample);
         self.maps.push(Map {
             seconds: sample.seconds,
@@ -34,6 +42,7 @@ impl Recorder {
     pub(super) fn into_vm(self) -> Vm {
         Vm {
             looks: self.samples.seen(),
+            longest_gap: self.longest_gap,
             stride: self.samples.stride(),
             samples: self.samples.into_kept(),
             maps: self.maps.into_kept(),
@@ -72,7 +81,8 @@ mod tests {
         for look in 0..50_000_u64 {
             let short = u64::from(look == 12_345);
             let sample = Sample {
-                seconds: look as f64,
+                // Once nobody looked for a while.
+                seconds: look as f64 + if look > 20_000 { 7.0 } else { 0.0 },
                 requested: 10 + 90 * short,
                 most_plugged: 10,
                 online: 10 - 9 * short,
@@ -82,7 +92,7 @@ mod tests {
             recorder.sample(sample, || BlockMap::new(4));
         }
         let vm = recorder.into_vm();
-        assert_eq!((vm.looks, vm.stride), (50_000, 256));
+        assert_eq!((vm.looks, vm.stride, vm.longest_gap), (50_000, 256, 8.0));
         let there = vm.samples.iter().find(|sample| sample.requested == 100);
         let there = there.unwrap();
         assert_eq!(
