@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Lines, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -44,7 +45,7 @@ const LOOKS: usize = 1000;
 struct Rig {
     socket: PathBuf,
     instance: Arc<Instance>,
-    _server: ApiServer,
+    server: Option<ApiServer>,
 }
 
 impl Rig {
@@ -83,6 +84,7 @@ impl Rig {
             body: BODY_LIMIT,
             body_time: Duration::from_millis(200),
             head_time: Duration::from_secs(1),
+            read_time: Duration::from_secs(1),
             ..Limits::default()
         };
         let listener = ServerSocket::bind(&socket).unwrap();
@@ -90,7 +92,7 @@ impl Rig {
         Self {
             socket,
             instance,
-            _server: server,
+            server: Some(server),
         }
     }
 
@@ -119,6 +121,11 @@ impl Rig {
         let answer = self.send(method, path, body);
         let value = serde_json::from_slice(answer.body()).unwrap_or(Value::Null);
         (answer.status().as_u16(), value)
+    }
+
+    /// Status of an answer to a `PUT` without a body.
+    fn put(&self, path: &str) -> u16 {
+        self.json("PUT", path, &Value::Null).0
     }
 
     fn get(&self, path: &str) -> Value {
@@ -493,7 +500,12 @@ fn bad_request(document: &Document, random: &mut Random) -> Bad {
         "GET", "PUT", "PATCH", "POST", "DELETE", "HEAD", "OPTIONS", "TRACE", "BREW",
     ];
     let endpoints = document.endpoints();
-    let endpoint = &endpoints[random.index(endpoints.len())];
+    // Most can be wrong in more ways with a body.
+    let mut candidates = endpoints.clone();
+    if random.one_in(2) {
+        candidates.retain(|endpoint| document.request(endpoint).is_some());
+    }
+    let endpoint = &candidates[random.index(candidates.len())];
     let device = ["mem0", "mem1", "nobody"][random.index(3)];
     let id = random.below(4).to_string();
     let target = endpoint
@@ -597,7 +609,22 @@ fn bad_body(document: &Document, schema: &Value, random: &mut Random) -> Vec<u8>
             json!("1G "),
             Value::Null,
         ];
-        match random.below(5) {
+        match random.below(7) {
+            // What a reader of formats without names might take for the same: fields by their order, whatever that is, and
+            // a choice as a field of its own.
+            5 => {
+                let mut values: Vec<_> = fields.values().cloned().collect();
+                values.extend((0..random.below(3)).map(|_| Value::Null));
+                for left in (1..values.len()).rev() {
+                    values.swap(left, random.index(left + 1));
+                }
+                value = Value::Array(values);
+            }
+            6 => {
+                let field = &mut fields[name];
+                let choice = field.as_str().unwrap_or("None").to_owned();
+                *field = json!({ choice: Value::Null });
+            }
             0 => drop(fields.remove(name)),
             1 => drop(fields.insert("unknown".into(), json!(1))),
             2 => value = junk[random.index(junk.len())].clone(),
@@ -652,6 +679,51 @@ fn thousand_bad_requests_are_refused_and_change_nothing() {
                 assert_eq!(rig.state(), before, "by request {number}");
             }
         }
+    }
+}
+
+/// Structures and enums are read from more than the document says unless that is seen to.
+#[test]
+fn fields_by_their_order_and_choices_as_maps_are_refused() {
+    let saved = Rig::started(GuestKind::InProcess, 0);
+    assert_eq!(saved.put("/hotplug/memory/freeze"), 204);
+    let state = saved.get("/hotplug/memory/state");
+    let fields = [
+        "version",
+        "addr",
+        "region_size",
+        "block_size",
+        "node_id",
+        "offered_features",
+        "acknowledged_features",
+        "requested_size",
+        "usable_region_size",
+        "plugged_size",
+        "plugged",
+        "busy",
+    ];
+    let state: Vec<_> = fields.iter().map(|field| state[field].clone()).collect();
+    let fresh = Rig::new(GuestKind::InProcess, 0);
+    let running = Rig::started(GuestKind::InProcess, 0);
+    for (rig, method, path, body) in [
+        (&fresh, "PUT", "/hotplug/memory", json!([1024, 4, null])),
+        (&fresh, "PUT", "/hotplug/memory/state", json!(state)),
+        (&fresh, "PUT", "/actions", json!(["InstanceStart"])),
+        (
+            &fresh,
+            "PUT",
+            "/actions",
+            json!({"action_type": {"InstanceStart": null}}),
+        ),
+        (&running, "PATCH", "/hotplug/memory", json!([512, null])),
+        (&running, "PATCH", "/hotplug/memory", json!([null, "64M"])),
+        (&running, "POST", "/operations", json!(["mem0", 64, null])),
+        (&running, "POST", "/operations", json!([null, null, "64M"])),
+    ] {
+        let before = rig.state();
+        let (status, fault) = rig.json(method, path, &body);
+        assert_eq!(status, 400, "{method} {path} {body}: {fault}");
+        assert_eq!(rig.state(), before, "{method} {path} {body}");
     }
 }
 
@@ -1059,4 +1131,76 @@ fn silent_connections_are_closed_and_the_socket_is_its_users_only() {
     for mut stream in silent {
         assert_eq!(read_all(&mut stream), "");
     }
+}
+
+/// Requests that a client sends and does not read the answers of: more than the sockets have room for.
+const UNREAD: usize = 4096;
+
+#[test]
+fn clients_that_read_nothing_lose_their_places() {
+    let rig = Rig::new(GuestKind::InProcess, 0);
+    let deaf: Vec<_> = (0..Limits::default().connections)
+        .map(|_| {
+            let mut stream = rig.connect();
+            stream.set_nonblocking(true).unwrap();
+            let request = b"GET /metrics HTTP/1.1\r\nHost: vmem\r\n\r\n";
+            // Until the server takes no more, which is what keeps it.
+            let sent = (0..UNREAD).map_while(|_| stream.write(request).ok());
+            assert!(sent.count() > 1);
+            stream.set_nonblocking(false).unwrap();
+            stream
+        })
+        .collect();
+    assert_eq!(rig.get("/")["state"], "Not started");
+    for mut stream in deaf {
+        // What was on its way, and then the end.
+        let answers = read_all(&mut stream).matches("HTTP/1.1 200").count();
+        assert!((1..UNREAD).contains(&answers), "{answers}");
+    }
+}
+
+/// `nc -N` and the like have nothing more to say before they are answered.
+#[test]
+fn client_that_has_said_all_is_answered() {
+    let rig = Rig::started(GuestKind::InProcess, 0);
+    let mut stream = rig.connect();
+    write!(stream, "GET / HTTP/1.1\r\nHost: vmem\r\n\r\n").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let answer = read_all(&mut stream);
+    assert!(answer.contains("\"state\":\"Running\""), "{answer}");
+
+    // Also if it has to wait for that.
+    assert_eq!(rig.put("/hotplug/memory/freeze"), 204);
+    let body = json!({"requested_size": "64M"});
+    assert_eq!(rig.json("POST", "/operations", &body).0, 201);
+    let mut waiting = rig.connect();
+    let head = "GET /operations/1?wait=1h HTTP/1.1\r\nHost: vmem\r\n\r\n";
+    waiting.write_all(head.as_bytes()).unwrap();
+    waiting.shutdown(Shutdown::Write).unwrap();
+    // Whoever comes later has been heard: so has that one.
+    rig.get("/");
+    assert_eq!(rig.put("/hotplug/memory/thaw"), 204);
+    let answer = read_all(&mut waiting);
+    assert!(answer.contains("\"state\":\"settled\""), "{answer}");
+}
+
+/// Before the guest is started there is no memory to look for. What was measured is in the metrics, by the address of the
+/// region, and no other test has one there.
+#[test]
+fn region_of_a_guest_that_is_not_started_is_not_measured() {
+    let rig = Rig::with_two(GuestKind::InProcess, 0);
+    let config = json!({"total_size_mib": 1 << 26, "block_size_mib": 2});
+    assert_eq!(rig.json("PUT", "/hotplug/memory", &config).0, 204);
+    let mib = 1 << 20;
+    let config = json!({"total_size_mib": mib, "block_size_mib": 2});
+    assert_eq!(rig.json("PUT", "/hotplug/memory/mem1", &config).0, 204);
+    for (id, size) in [("mem0", 1_u64 << 46), ("mem1", 1 << 40)] {
+        let status = rig.get(&format!("/hotplug/memory/{id}"));
+        let found = (&status["total_size"], &status["resident_size"]);
+        assert_eq!(found, (&json!(size), &json!(0)));
+    }
+    let metrics = rig.send("GET", "/metrics", "");
+    let metrics = String::from_utf8(metrics.body().to_vec()).unwrap();
+    let measured = "virtio_mem_resident_bytes{region=\"0x400100000000\"}";
+    assert!(!metrics.contains(measured), "{metrics}");
 }

@@ -138,6 +138,16 @@ fn resize_freeze_snapshot_and_restore_have_their_exit_codes() {
         (0, "1 GiB of 1 GiB plugged\n"),
         "{stderr}"
     );
+    // As long as a number of seconds can be.
+    let forever = [
+        "resize",
+        "1G",
+        "--wait",
+        "--deadline",
+        "18446744073709551615s",
+    ];
+    let (code, _, stderr) = run(&forever);
+    assert_eq!(code, 0, "{stderr}");
     let file = folder.path().join("device.json");
     let file = file.to_str().unwrap();
     let (code, _, stderr) = run(&["snapshot", file]);
