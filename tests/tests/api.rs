@@ -5,7 +5,7 @@
     reason = "a test fails by panicking"
 )]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Lines, Read, Write};
 use std::net::Shutdown;
@@ -1087,34 +1087,106 @@ fn devices_are_resized_frozen_and_saved_each_on_its_own_and_their_nodes_are_told
     });
 }
 
-#[test]
-fn metrics_follow_the_device() {
-    let rig = Rig::started(GuestKind::InProcess, 64);
-    rig.resize(64 * MIB);
+/// Every series, by its name and labels, and its value.
+fn metrics(rig: &Rig) -> BTreeMap<String, f64> {
     let answer = rig.send("GET", "/metrics", "");
     let text = String::from_utf8(answer.body().to_vec()).unwrap();
-    // Devices of other tests have the same address; what only grows is at least what this one did.
-    for (series, least) in [
-        (
-            "virtio_mem_requests_total{region=\"0x100000000\",request=\"plug\",answer=\"ack\"}",
-            1.0,
-        ),
-        ("vmem_guest_plugged_bytes{device=\"mem0\"}", 0.0),
-        ("vmem_guest_pages_wrong_total", 0.0),
-    ] {
-        let value = text
-            .lines()
-            .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-        let value: f64 = value
-            .unwrap_or_else(|| panic!("no {series} in {text}"))
-            .parse()
-            .unwrap();
-        assert!(value >= least, "{series} {value}");
-    }
     assert!(
         text.contains("# TYPE virtio_mem_request_seconds histogram"),
         "{text}"
     );
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let series = lines.filter_map(|line| line.rsplit_once(' '));
+    series
+        .map(|(name, value)| (name.to_owned(), value.parse().unwrap()))
+        .collect()
+}
+
+/// The recorder is the process': name and region of this device are no other test's.
+#[test]
+fn metrics_follow_the_device() {
+    const REGION: &str = "region=\"0x1c0000000\"";
+    let second = DeviceOptions {
+        region: 512 * MIB,
+        ..DeviceOptions::new("counted")
+    };
+    let rig = Rig::with(GuestKind::InProcess, 64, &[second]);
+    let config = json!({"total_size_mib": 3072, "block_size_mib": 2});
+    assert_eq!(rig.json("PUT", "/hotplug/memory", &config).0, 204);
+    rig.instance.start().unwrap();
+    let of_region = |name: &str, labels: &str| format!("{name}{{{REGION}{labels}}}");
+    let of_device = |name: &str| format!("{name}{{device=\"counted\"}}");
+    let path = "/hotplug/memory/counted";
+    let before = metrics(&rig);
+    assert!(!before.keys().any(|series| {
+        series.starts_with("virtio_mem_requests_total") && series.contains(REGION)
+    }));
+    let info = format!("vmem_device_info{{device=\"counted\",{REGION}}}");
+    assert_eq!(before[&info], 1.0, "{before:?}");
+    assert_eq!(before[&of_device("vmem_frozen")], 0.0);
+    assert_eq!(before[&of_device("vmem_slots")], 0.0);
+
+    let mut total = 0.0;
+    for size in [256 * MIB, 6 * MIB] {
+        rig.resize_device("counted", size);
+        // At rest: then no more requests come.
+        let status = until(|| {
+            let status = rig.get(path);
+            let settled = status["guest"]["driver_state"] == "settled";
+            (settled && status["guest"]["plugged_size"] == size).then_some(status)
+        });
+        let after = metrics(&rig);
+        for (series, value) in [
+            (of_region("virtio_mem_requested_bytes", ""), size),
+            (of_region("virtio_mem_plugged_bytes", ""), size),
+            (of_device("vmem_guest_plugged_bytes"), size),
+            (
+                of_device("vmem_guest_online_bytes"),
+                status["guest"]["online_size"].as_u64().unwrap(),
+            ),
+            (
+                of_device("vmem_slots"),
+                status["slot_count"].as_u64().unwrap(),
+            ),
+        ] {
+            assert_eq!(after[&series], value as f64, "{series}");
+        }
+        assert!(after[&of_device("vmem_slots")] > 0.0);
+        // As many as the device has counted, and no others.
+        let requests = status["requests"].as_array().unwrap();
+        for request in requests {
+            let text = |field: &str| request[field].as_str().unwrap();
+            let labels = format!(
+                ",request=\"{}\",answer=\"{}\"",
+                text("request"),
+                text("answer")
+            );
+            let count = request["count"].as_u64().unwrap() as f64;
+            for name in [
+                "virtio_mem_requests_total",
+                "virtio_mem_request_seconds_count",
+            ] {
+                assert_eq!(after[&of_region(name, &labels)], count, "{name}{labels}");
+            }
+        }
+        let counted = after.iter().filter(|(series, _)| {
+            series.starts_with("virtio_mem_requests_total") && series.contains(REGION)
+        });
+        assert_eq!(counted.clone().count(), requests.len());
+        let sum = counted.map(|(_, count)| count).sum::<f64>();
+        assert!(sum > total, "the second resize has requests of its own");
+        total = sum;
+        // The guest works in it sooner or later.
+        until(|| {
+            let resident = metrics(&rig)[&of_region("virtio_mem_resident_bytes", "")];
+            assert!(resident <= size as f64, "{resident} of {size}");
+            (resident > 0.0).then_some(())
+        });
+    }
+    assert_eq!(rig.put(&format!("{path}/freeze")), 204);
+    assert_eq!(metrics(&rig)[&of_device("vmem_frozen")], 1.0);
+    assert_eq!(metrics(&rig)["vmem_guest_pages_wrong_total"], 0.0);
+    assert!(metrics(&rig)["vmem_guest_pages_verified_total"] > 0.0);
 }
 
 #[test]
@@ -1203,4 +1275,127 @@ fn region_of_a_guest_that_is_not_started_is_not_measured() {
     let metrics = String::from_utf8(metrics.body().to_vec()).unwrap();
     let measured = "virtio_mem_resident_bytes{region=\"0x400100000000\"}";
     assert!(!metrics.contains(measured), "{metrics}");
+}
+
+#[test]
+fn clients_that_have_gone_give_their_places_back() {
+    let rig = Rig::started(GuestKind::InProcess, 0);
+    assert_eq!(rig.put("/hotplug/memory/freeze"), 204);
+    let body = json!({"requested_size": "64M"});
+    assert_eq!(rig.json("POST", "/operations", &body).0, 201);
+    // Once all places were taken by who is gone, nobody would be served; the next request is begun and never ended.
+    for _ in 0..2 * Limits::default().connections {
+        let mut waiting = rig.connect();
+        let head = b"GET /operations/1?wait=1h HTTP/1.1\r\nHost: vmem\r\n\r\nG";
+        waiting.write_all(head).unwrap();
+        drop(waiting);
+    }
+    assert_eq!(rig.get("/operations/1")["reason"], "frozen");
+    // And of two streams one is always free.
+    for _ in 0..20 {
+        drop(rig.events(None));
+    }
+}
+
+#[test]
+fn answers_come_to_their_end_when_the_server_stops() {
+    let mut rig = Rig::started(GuestKind::InProcess, 0);
+    let mut stream = rig.connect();
+    stream
+        .write_all(b"GET /events HTTP/1.1\r\nHost: vmem\r\n\r\n")
+        .unwrap();
+    // It has been accepted before.
+    rig.get("/");
+    let _ = rig.instance.stop();
+    drop(rig.server.take());
+    let answer = read_all(&mut stream);
+    assert!(answer.contains("\"event\":\"ended\""), "{answer}");
+    assert!(answer.ends_with("\r\n0\r\n\r\n"), "{answer}");
+}
+
+#[test]
+fn body_that_says_it_is_too_large_is_refused_before_it_comes() {
+    let rig = Rig::new(GuestKind::InProcess, 0);
+    let head =
+        "PATCH /hotplug/memory HTTP/1.1\r\nHost: vmem\r\nContent-Length: 99999999999\r\n\r\n";
+    let answer = rig.raw(head.as_bytes());
+    assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
+    assert!(answer.contains("fault_message"), "{answer}");
+}
+
+#[test]
+fn numbers_are_written_in_one_way() {
+    let rig = Rig::started(GuestKind::InProcess, 0);
+    rig.resize(64 * MIB);
+    rig.get("/operations/1");
+    for id in ["+1", "01", "1.0", "-1", "", "%31", "18446744073709551616"] {
+        let (status, fault) = rig.json("GET", &format!("/operations/{id}"), &Value::Null);
+        assert_eq!(status, 404, "{id}: {fault}");
+        assert!(fault["fault_message"].is_string(), "{id}: {fault}");
+    }
+    let answer = rig
+        .raw(b"GET /events HTTP/1.1\r\nHost: x\r\nConnection: close\r\nLast-Event-ID: +1\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+}
+
+/// A state is as large as its device makes it, and so is the limit.
+#[test]
+fn state_of_a_large_device_is_taken_and_a_larger_one_is_not() {
+    // Blocks of 2 MiB, one word for 64 of them.
+    const WORDS: u64 = 2048;
+    let config = json!({"total_size_mib": WORDS * 128, "block_size_mib": 2});
+    let saved = Rig::with_two(GuestKind::InProcess, 0);
+    assert_eq!(saved.json("PUT", "/hotplug/memory/mem1", &config).0, 204);
+    saved.instance.start().unwrap();
+    saved.resize_device("mem1", 2 * MIB);
+    assert_eq!(saved.put("/hotplug/memory/mem1/freeze"), 204);
+    let mut state = saved.get("/hotplug/memory/mem1/state");
+    state["plugged"] = json!(vec![u64::MAX; WORDS as usize]);
+    for field in ["plugged_size", "requested_size", "usable_region_size"] {
+        state[field] = json!(WORDS * 128 * MIB);
+    }
+    assert!(state.to_string().len() > BODY_LIMIT);
+    let other = Rig::with_two(GuestKind::InProcess, 0);
+    let put = |state: &Value| other.json("PUT", "/hotplug/memory/mem1/state", state);
+    let (status, fault) = put(&state);
+    assert_eq!(status, 413, "it is not that large yet: {fault}");
+    assert_eq!(other.json("PUT", "/hotplug/memory/mem1", &config).0, 204);
+    // Mem0 has none, so nothing is started.
+    let (status, fault) = put(&state);
+    assert_eq!(status, 204, "{fault}");
+    state["plugged"] = json!(vec![u64::MAX; 2 * WORDS as usize]);
+    assert_eq!(put(&state).0, 413);
+}
+
+/// Each cause is told once, and what to do about it.
+#[test]
+fn reasons_say_nothing_twice() {
+    let rig = Rig::started(GuestKind::InProcess, 0);
+    let (_, fault) = rig.json("GET", "/hotplug/memory/state", &Value::Null);
+    let mut messages = vec![fault];
+    assert_eq!(rig.put("/hotplug/memory/freeze"), 204);
+    let state = rig.get("/hotplug/memory/state");
+    let fresh = Rig::new(GuestKind::InProcess, 0);
+    for (field, value) in [
+        ("addr", json!(1_u64 << 40)),
+        ("version", json!(7)),
+        ("plugged_size", json!(2 * MIB)),
+        ("requested_size", json!(1)),
+    ] {
+        let mut wrong = state.clone();
+        wrong[field] = value;
+        messages.push(fresh.json("PUT", "/hotplug/memory/state", &wrong).1);
+    }
+    messages.push(
+        rig.json("PATCH", "/hotplug/memory", &json!({"requested_size": 1}))
+            .1,
+    );
+    for fault in messages {
+        let message = fault["fault_message"].as_str().unwrap();
+        let mut parts: Vec<_> = message.split([':', ';']).map(str::trim).collect();
+        let count = parts.len();
+        parts.sort_unstable();
+        parts.dedup();
+        assert_eq!(parts.len(), count, "{message}");
+    }
 }
