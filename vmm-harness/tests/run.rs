@@ -462,7 +462,7 @@ fn examples_of_snapshot_and_restore_work_as_they_are_typed() {
     // What a killed server has left there.
     drop(UnixListener::bind(folder.path().join("b.sock")).unwrap());
     let script = format!(
-        "set -e\n{}\nvmem resize 128M --wait --api-sock b.sock\nkill -TERM $!\nwait $!",
+        "set -e\ntrap 'kill $!' EXIT\n{}\nvmem resize 128M --wait --api-sock b.sock\nkill -TERM $!\nwait $!\ntrap - EXIT",
         examples("restore").join("\n")
     );
     let binary = Path::new(env!("CARGO_BIN_EXE_vmem")).parent().unwrap();
