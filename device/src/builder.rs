@@ -88,13 +88,13 @@ pub enum BuildError {
     #[error("guest memory block size {0:#x} is not a power of two")]
     GuestMemoryBlockSize(u64),
     /// An observer could not follow every state of the region.
-    #[error("observer: {0}")]
+    #[error("observer")]
     Observer(#[from] ObserverError),
     /// The saved state is not one of this device.
-    #[error("restoring: {0}")]
+    #[error("restoring")]
     Restore(#[from] RestoreError),
     /// The initial size.
-    #[error("requested size: {0}")]
+    #[error("requested size")]
     RequestedSize(#[from] ResizeError),
 }
 

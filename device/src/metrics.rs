@@ -10,7 +10,8 @@
 //! | `virtio_mem_resident_bytes` | gauge | `region` |
 //!
 //! `region` is the guest-physical address of the region, which tells the devices of a VMM apart. What is
-//! resident must be measured, so that gauge follows [`Handle::resident_bytes`](crate::Handle::resident_bytes).
+//! resident must be measured, so that gauge follows [`Handle::resident_bytes`](crate::Handle::resident_bytes) and
+//! [`Handle::plugged_resident_bytes`](crate::Handle::plugged_resident_bytes).
 
 use std::time::Duration;
 

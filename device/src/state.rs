@@ -54,7 +54,7 @@ impl State {
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum SaveError {
     /// The driver could change it any moment: freeze or reset it first.
-    #[error("the device is neither frozen nor stopped")]
+    #[error("the device is neither frozen nor stopped: freeze it first")]
     Running,
     /// What a failure of the host has left is not worth saving.
     #[error("the device has failed")]

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::num::NonZero;
 
 use rig::backings::{BLOCKS, HugePages, KINDS, Kind, SNAPSHOT_TAG, plug, rig_of, skip, unplug};
-use rig::{GIB, MIB, REGION, Rig};
+use rig::{BLOCK, GIB, MIB, REGION, Rig};
 use virtio_mem::wire::Response;
 use virtio_mem::{
     Anonymous, Backing, BuildError, Hugetlb, Memfd, NoSlots, PrivateFile, Slot, SlotMapper,
@@ -31,8 +31,11 @@ fn on_every_backing(test_name: &str, plugged: u64, test: impl Fn(&Kind, Rig)) {
     }
 }
 
+/// All there is, which is behind plugged blocks.
 fn resident(rig: &Rig) -> u64 {
-    rig.handle.resident_bytes().unwrap()
+    let resident = rig.handle.resident_bytes().unwrap();
+    assert_eq!(rig.handle.plugged_resident_bytes().unwrap(), resident);
+    resident
 }
 
 /// Writes to each page of a block, as a guest does.
@@ -338,4 +341,15 @@ fn region_that_may_need_more_slots_than_there_are_is_not_built() {
         })
     ));
     assert!(build(8).is_ok());
+}
+
+#[test]
+fn what_is_measured_is_the_plugged_runs_or_all_as_asked() {
+    let mut rig = Rig::with(1 << 40, |builder| builder.requested_size(8 * BLOCK));
+    rig.plug(1, 2);
+    rig.plug(7, 1);
+    rig.fill(7, 1);
+    assert_eq!(rig.handle.plugged_resident_bytes().unwrap(), BLOCK);
+    let runs = vec![BLOCK..3 * BLOCK, 7 * BLOCK..8 * BLOCK];
+    assert_eq!(*rig.faults.measured.lock().unwrap(), [runs]);
 }

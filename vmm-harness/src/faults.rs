@@ -156,6 +156,10 @@ unsafe impl Backing for FaultyBacking {
     fn resident_bytes(&self) -> io::Result<u64> {
         self.inner.resident_bytes()
     }
+
+    fn resident_bytes_in(&self, open: &[Range<u64>]) -> io::Result<u64> {
+        self.inner.resident_bytes_in(open)
+    }
 }
 
 /// Slots whose calls can fail.

@@ -19,6 +19,7 @@
 //! | HTTP on a Unix socket, both ends | [`api`] |
 //! | what `vmem run` keeps alive | [`run`] |
 //! | what `vmem watch` shows | [`watch`] |
+//! | what keeps text from elsewhere from controlling a terminal | [`text`] |
 //! | what can be made to go wrong | [`faults`] |
 //! | what `vmem serve` does | [`serve`] |
 //! | what `vmem stress` does and checks | [`stress`] |
@@ -74,6 +75,7 @@ mod size;
 pub mod slots;
 mod socket;
 pub mod stress;
+pub mod text;
 pub mod transport;
 mod vcpu;
 pub mod vfio_user;

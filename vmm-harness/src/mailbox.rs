@@ -18,6 +18,7 @@ use vmem_guest::abi::{self, DriverState, Mailbox, Shortfall, map};
 
 use crate::BootMemory;
 use crate::layout::Layout;
+use crate::text::is_unfit;
 
 /// Mailbox and view words of one guest. Keeps the memory they lie in.
 #[derive(Clone, Debug)]
@@ -226,7 +227,7 @@ impl SharedMailbox {
             // Nothing a guest says may move the cursor of whoever reads it.
             match c {
                 '\n' | '\t' => ' ',
-                c if c.is_control() => char::REPLACEMENT_CHARACTER,
+                c if is_unfit(c) => char::REPLACEMENT_CHARACTER,
                 c => c,
             }
         };
@@ -280,9 +281,14 @@ mod tests {
         assert_eq!(mailbox.message(), None);
 
         mailbox.message_len.store(u32::MAX, Ordering::Relaxed);
-        for (cell, byte) in mailbox.message.iter().zip(*b"\xff\x1b[2J") {
+        for (cell, byte) in mailbox.message.iter().zip(*b"\xff\x1b[2J\n\xe2\x80\xaex") {
             cell.store(byte, Ordering::Relaxed);
         }
+        let message = mailbox.message().unwrap();
+        assert!(
+            message.starts_with("\u{fffd}\u{fffd}[2J \u{fffd}x"),
+            "{message:?}"
+        );
         mailbox.drivers[0].state.store(77, Ordering::Relaxed);
         mailbox.view(0)[1].store(u64::MAX, Ordering::Relaxed);
         let report = mailbox.report(0, 2, 100);

@@ -42,16 +42,16 @@ enum Command {
     #[command(after_help = client::RESIZE_HELP, override_usage = client::RESIZE_USAGE)]
     Resize(client::ResizeArgs),
     /// Says how the memory of a guest of `vmem run` is.
-    #[command(after_help = client::HELP)]
+    #[command(after_help = client::STATUS_HELP)]
     Status(client::StatusArgs),
     /// Shows a guest of `vmem run` live: sizes, blocks, requests, events.
     #[command(after_help = watch::HELP)]
     Watch(watch::WatchArgs),
     /// Holds requests of the guest's driver off.
-    #[command(after_help = client::HELP)]
+    #[command(after_help = client::FREEZE_HELP)]
     Freeze(client::Api),
     /// Ends that.
-    #[command(after_help = client::HELP)]
+    #[command(after_help = client::FREEZE_HELP)]
     Thaw(client::Api),
     /// Writes the state of a frozen device into a file.
     #[command(after_help = client::SNAPSHOT_HELP)]
@@ -66,12 +66,15 @@ enum Command {
         shell: clap_complete::Shell,
     },
     /// Resizes working guests all the time, with faults if asked for, and checks them all the time.
-    #[command(after_help = stress::HELP)]
+    #[command(after_help = stress::HELP, mut_arg("seed", |seed| seed.help(STRESS_SEED)))]
     Stress(stress::StressArgs),
     /// Serves a memory device to VMMs that speak vfio-user, and resizes it as told on standard input.
     #[command(after_help = serve::HELP)]
     Serve(serve::ServeArgs),
 }
+
+/// The option is shared.
+const STRESS_SEED: &str = "Seed of everything chosen at random [default: a new one each time]";
 
 const COMPLETIONS_HELP: &str = "\
 Examples:

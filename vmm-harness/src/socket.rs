@@ -154,8 +154,8 @@ fn listen(path: &Path) -> io::Result<OwnedFd> {
     // Before it has a name, so that it never has one with the modes of the umask alone.
     rustix::fs::fchmod(socket.as_fd(), Mode::RUSR | Mode::WUSR)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    const WAITING_CLIENTS: i32 = 8;
-    rustix::net::listen(&socket, WAITING_CLIENTS)?;
+    // As many as the host lets wait.
+    rustix::net::listen(&socket, libc::SOMAXCONN)?;
     Ok(socket)
 }
 
@@ -215,6 +215,23 @@ mod tests {
         assert!(lock(&path).exists());
         drop(socket);
         assert!(!path.exists() && !lock(&path).exists());
+    }
+
+    #[test]
+    fn many_clients_may_wait_to_be_accepted() {
+        let path = path("waiting");
+        let _socket = ServerSocket::bind(&path).unwrap();
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let waiting: Vec<_> = (0..100)
+            .map(|_| {
+                let client =
+                    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+                        .unwrap();
+                rustix::net::connect(&client, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+                client
+            })
+            .collect();
+        drop(waiting);
     }
 
     #[test]

@@ -7,6 +7,8 @@
 )]
 mod common;
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::process::Command;
 
 use common::kvm_or_skip;
@@ -398,4 +400,67 @@ fn replay_reports_difference_and_damage_with_exit_code_1() {
     }
     std::fs::remove_dir_all(folder).expect("the folder goes");
     assert_eq!(vmem(&["replay"]).0, 2, "a file is needed");
+}
+
+#[test]
+fn limits_that_leave_nothing_to_do_are_refused() {
+    for (command, option, value) in [
+        ("stress", "--duration", "0s"),
+        ("stress", "--resizes", "0"),
+        ("stress", "--budget", "0"),
+        ("stress", "--vms", "0"),
+        ("stress", "--vms", "4000000000000000000"),
+        ("run", "--vcpus", "0"),
+        ("run", "--region", "0"),
+        ("run", "--block-size", "0"),
+        ("run", "--boot-memory", "0"),
+    ] {
+        let mut args = vec![command, "--guest", "in-process", option, value];
+        if command == "run" {
+            args.extend(["--api-sock", "/nowhere/vmem.sock"]);
+        }
+        let (code, stdout, stderr) = vmem(&args);
+        assert_eq!(code, 2, "{args:?}: {stdout}{stderr}");
+    }
+}
+
+/// Paths may be any bytes; all else is text.
+#[test]
+fn arguments_that_are_no_text_are_paths_or_refused() {
+    let folder = tempfile::tempdir().expect("a folder for files");
+    let report = folder.path().join(OsStr::from_bytes(b"\xff"));
+    let run = |args: &[&OsStr]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_vmem"))
+            .args(args)
+            .output()
+            .expect("vmem runs");
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), stderr)
+    };
+    let args = [
+        "stress",
+        "--guest",
+        "in-process",
+        "--resizes",
+        "1",
+        "--report",
+    ];
+    let args: Vec<_> = args
+        .map(OsStr::new)
+        .into_iter()
+        .chain([report.as_os_str()])
+        .collect();
+    let (code, stderr) = run(&args);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(report.join("index.html").exists());
+    let wrong = OsStr::from_bytes(b"\xff");
+    for before in [
+        &["resize"][..],
+        &["stress", "--seed"],
+        &["status", "--device"],
+    ] {
+        let args: Vec<_> = before.iter().map(OsStr::new).chain([wrong]).collect();
+        let (code, stderr) = run(&args);
+        assert_eq!(code, Some(2), "{args:?}: {stderr}");
+    }
 }

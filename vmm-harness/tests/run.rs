@@ -5,13 +5,13 @@
 mod running;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixListener;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use running::{Running, output};
@@ -138,11 +138,24 @@ fn resize_freeze_snapshot_and_restore_have_their_exit_codes() {
         (0, "1 GiB of 1 GiB plugged\n"),
         "{stderr}"
     );
+    // As long as a number of seconds can be.
+    let forever = [
+        "resize",
+        "1G",
+        "--wait",
+        "--deadline",
+        "18446744073709551615s",
+    ];
+    let (code, _, stderr) = run(&forever);
+    assert_eq!(code, 0, "{stderr}");
     let file = folder.path().join("device.json");
     let file = file.to_str().unwrap();
     let (code, _, stderr) = run(&["snapshot", file]);
     assert_eq!(code, 1);
-    assert!(stderr.contains("freeze it first"), "{stderr}");
+    assert!(
+        stderr.ends_with("nor stopped: freeze it first\n"),
+        "{stderr}"
+    );
     assert_eq!(run(&["freeze"]).0, 0);
     let (code, _, stderr) = run(&["resize", "256M", "--wait", "--deadline", "100ms"]);
     assert_eq!(code, 4, "{stderr}");
@@ -309,4 +322,195 @@ fn completions_know_the_commands() {
             assert!(stdout.contains(word), "{shell}: no {word}");
         }
     }
+}
+
+/// Who accepts nobody answers nobody.
+#[test]
+fn resize_ends_at_its_deadline_whatever_the_server_does() {
+    let (_folder, socket) = folder();
+    let _blocked = UnixListener::bind(&socket).unwrap();
+    let path = socket.to_str().unwrap();
+    let args = [
+        "resize",
+        "1G",
+        "--wait",
+        "--deadline",
+        "100ms",
+        "--api-sock",
+        path,
+    ];
+    let (code, stdout, stderr) = output(&args);
+    assert_eq!(code, 4, "{stdout}{stderr}");
+    assert!(stderr.contains("the server does not answer"), "{stderr}");
+}
+
+/// Answers of a server that is up to no good, to each request one.
+fn hostile_server(socket: &Path, answer: fn(&str) -> (u16, Value)) {
+    let listener = UnixListener::bind(socket).unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream: UnixStream = stream.unwrap();
+            let mut head = Vec::new();
+            let mut byte = [0];
+            while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap() > 0 {
+                head.push(byte[0]);
+            }
+            let head = String::from_utf8(head).unwrap();
+            let (status, body) = answer(head.split(' ').nth(1).unwrap());
+            let (body, len) = (body.to_string(), body.to_string().len());
+            let answer = format!("HTTP/1.1 {status} X\r\nContent-Length: {len}\r\n\r\n{body}");
+            stream.write_all(answer.as_bytes()).unwrap();
+            // What of the request was not read would take the answer away.
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let _ = stream.read_to_end(&mut Vec::new());
+        }
+    });
+}
+
+/// A title, a cleared screen, an eight-bit control and a direction.
+const HOSTILE: &str = "a\u{1b}]0;x\u{7}\u{1b}[2J\r\u{9b}2J\u{202e}b";
+
+#[test]
+fn nothing_a_server_says_controls_the_terminal() {
+    let (folder, socket) = folder();
+    let refusing = folder.path().join("refusing.sock");
+    hostile_server(&refusing, |_| (400, json!({"fault_message": HOSTILE})));
+    hostile_server(&socket, |path| match path {
+        "/" => (200, json!({"devices": ["mem0"]})),
+        "/operations" => (
+            201,
+            json!({"id": HOSTILE, "state": HOSTILE, "reason": HOSTILE}),
+        ),
+        _ => {
+            let guest = json!({"driver_state": HOSTILE, "node": HOSTILE, "pages_moved": [HOSTILE],
+                "pages_held": HOSTILE, "pages_verified": HOSTILE, "pages_wrong": HOSTILE});
+            (
+                200,
+                json!({"id": HOSTILE, "state": HOSTILE, "reason": HOSTILE, "guest": guest}),
+            )
+        }
+    });
+    let file = folder.path().join("state.json");
+    fs::write(&file, "{}").unwrap();
+    let file = file.to_str().unwrap();
+    let mut seen = 0;
+    for socket in [&refusing, &socket] {
+        for args in [
+            &["status"][..],
+            &["status", "--device", "mem0"],
+            &["status", "--json"],
+            &["resize", "1G"],
+            &["resize", "1G", "--wait"],
+            &["freeze"],
+            &["thaw"],
+            &["restore", file],
+        ] {
+            let api = ["--api-sock", socket.to_str().unwrap()];
+            let (_, stdout, stderr) = output(&[args, &api].concat());
+            let said = format!("{stdout}{stderr}");
+            let controls = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+            assert!(!said.contains(controls), "{args:?}: {said:?}");
+            seen += usize::from(said.contains("]0;x"));
+            if args.contains(&"--json") && !stdout.is_empty() {
+                let status: Value = serde_json::from_str(&stdout).unwrap();
+                assert_eq!(status["state"], HOSTILE, "it says the same");
+            }
+        }
+    }
+    // Of each refusal, and of each answer that has words in it.
+    assert_eq!(seen, 8 + 5);
+}
+
+/// The lines of a command's help that can be typed.
+fn examples(command: &str) -> Vec<String> {
+    let (code, help, _) = output(&[command, "--help"]);
+    assert_eq!(code, 0, "{command}");
+    let (_, examples) = help.split_once("Examples:\n").unwrap();
+    let lines = examples.lines().take_while(|line| !line.is_empty());
+    lines.map(|line| line.trim().to_owned()).collect()
+}
+
+#[test]
+fn help_has_examples_of_its_command() {
+    for command in [
+        "run",
+        "resize",
+        "status",
+        "watch",
+        "freeze",
+        "thaw",
+        "snapshot",
+        "restore",
+        "stress",
+        "completions",
+    ] {
+        let named = format!("vmem {command}");
+        let examples = examples(command);
+        assert!(
+            examples.iter().any(|line| line.contains(&named)),
+            "{command}: {examples:?}"
+        );
+    }
+    let (_, help, _) = output(&["run", "--help"]);
+    assert!(!help.contains("stress run"), "{help}");
+}
+
+#[test]
+fn examples_of_snapshot_and_restore_work_as_they_are_typed() {
+    let (folder, _) = folder();
+    let running = Running::start(&folder.path().join("a.sock"), &["--size", "64M"]);
+    // What a killed server has left there.
+    drop(UnixListener::bind(folder.path().join("b.sock")).unwrap());
+    let script = format!(
+        "set -e\ntrap 'kill $!' EXIT\n{}\nvmem resize 128M --wait --api-sock b.sock\nkill -TERM $!\nwait $!\ntrap - EXIT",
+        examples("restore").join("\n")
+    );
+    let binary = Path::new(env!("CARGO_BIN_EXE_vmem")).parent().unwrap();
+    let path = format!("{}:{}", binary.display(), std::env::var("PATH").unwrap());
+    let done = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(folder.path())
+        .env("PATH", path)
+        .env_remove("VMEM_API_SOCK")
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{script}: {done:?}");
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().0, Some(0));
+}
+
+/// No byte may be written into a file: what was there stays, and nothing is left behind.
+#[test]
+fn snapshot_replaces_a_file_whole_or_not_at_all() {
+    let (folder, socket) = folder();
+    let running = Running::start(&socket, &[]);
+    let api = ["--api-sock", socket.to_str().unwrap()];
+    assert_eq!(output(&[&["freeze"][..], &api].concat()).0, 0);
+    let files = folder.path().join("files");
+    fs::create_dir(&files).unwrap();
+    let file = files.join("device.json");
+    fs::write(&file, "the one before").unwrap();
+    let snapshot = |prelude: &str, file: &Path| {
+        let script = format!("{prelude} exec \"$0\" snapshot \"$1\" --api-sock \"$2\"");
+        let done = std::process::Command::new("sh")
+            .args(["-c", &script, env!("CARGO_BIN_EXE_vmem")])
+            .args([file, &socket])
+            .output()
+            .unwrap();
+        (done.status.code(), String::from_utf8(done.stdout).unwrap())
+    };
+    let full = "trap '' XFSZ; ulimit -f 0;";
+    assert_eq!(snapshot(full, &file).0, Some(1));
+    assert_eq!(fs::read_to_string(&file).unwrap(), "the one before");
+    assert_eq!(fs::read_dir(&files).unwrap().count(), 1);
+    assert_eq!(snapshot("", &file).0, Some(0));
+    let state: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!(state["version"], 1);
+    assert_eq!(fs::read_dir(&files).unwrap().count(), 1);
+    // What is no file is written to.
+    let (code, stdout) = snapshot("", Path::new("/dev/stdout"));
+    assert_eq!(code, Some(0));
+    assert_eq!(serde_json::from_str::<Value>(&stdout).unwrap(), state);
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().0, Some(0));
 }

@@ -102,6 +102,13 @@ unsafe impl Backing for Anonymous {
     fn resident_bytes(&self) -> io::Result<u64> {
         self.mapping.resident_bytes()
     }
+
+    fn resident_bytes_in(&self, open: &[Range<u64>]) -> io::Result<u64> {
+        let sizes = open.iter().cloned();
+        sizes
+            .map(|range| self.mapping.resident_bytes_in(range))
+            .sum()
+    }
 }
 
 #[cfg(test)]
@@ -120,6 +127,13 @@ mod tests {
             touch(&backing, 2 * MIB + page * 4096);
         }
         assert_eq!(backing.resident_bytes().unwrap(), 4 * MIB);
+        for (ranges, resident) in [
+            (&[0..16 * MIB][..], 4 * MIB),
+            (&[0..2 * MIB, 5 * MIB..6 * MIB], MIB),
+            (&[], 0),
+        ] {
+            assert_eq!(backing.resident_bytes_in(ranges).unwrap(), resident);
+        }
         backing.close(2 * MIB..4 * MIB).unwrap();
         assert_eq!(backing.resident_bytes().unwrap(), 4 * MIB);
         backing.discard(2 * MIB..4 * MIB).unwrap();

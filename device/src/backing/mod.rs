@@ -110,6 +110,17 @@ pub unsafe trait Backing: Debug + Send + Sync {
     ///
     /// Whatever the host says.
     fn resident_bytes(&self) -> io::Result<u64>;
+
+    /// As [`resident_bytes`](Self::resident_bytes), for who knows that only `open` can have any: ranges in order, none of which
+    /// overlap. A backing whose host is asked page by page need not ask about the others.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the host says.
+    fn resident_bytes_in(&self, open: &[Range<u64>]) -> io::Result<u64> {
+        let _ = open;
+        self.resident_bytes()
+    }
 }
 
 // SAFETY: the mapping is that of the backing inside, which keeps the promise; moving the box does not move it.
@@ -157,5 +168,9 @@ unsafe impl<B: Backing + ?Sized> Backing for Box<B> {
 
     fn resident_bytes(&self) -> io::Result<u64> {
         (**self).resident_bytes()
+    }
+
+    fn resident_bytes_in(&self, open: &[Range<u64>]) -> io::Result<u64> {
+        (**self).resident_bytes_in(open)
     }
 }

@@ -93,6 +93,10 @@ unsafe impl Backing for PrivateFile {
     }
 
     fn resident_bytes(&self) -> io::Result<u64> {
+        self.resident_bytes_in(&[0..self.len()])
+    }
+
+    fn resident_bytes_in(&self, open: &[Range<u64>]) -> io::Result<u64> {
         // What belongs to this process: written file pages and anonymous ones, present or in swap. Unwritten
         // file pages are the page cache's, shared with whoever else maps the file, and stay there when they
         // are unmapped; `mincore` counts them, mapped here or not.
@@ -102,17 +106,24 @@ unsafe impl Backing for PrivateFile {
         const ENTRIES: u64 = 1 << 16;
         let pagemap = File::open("/proc/self/pagemap")?;
         let page_size = self.page_size();
-        let first = self.host_address().as_ptr().addr() as u64 / page_size;
-        let end = first + self.len().div_ceil(page_size);
-        let mut entries = vec![0; (ENTRIES.min(end - first) * 8) as usize];
+        let base = self.host_address().as_ptr().addr() as u64 / page_size;
+        let mut entries = vec![0; (ENTRIES.min(self.len().div_ceil(page_size)) * 8) as usize];
         let mut pages = 0;
-        for at in (first..end).step_by(ENTRIES as usize) {
-            let bytes = &mut entries[..((end - at).min(ENTRIES) * 8) as usize];
-            pagemap.read_exact_at(bytes, at * 8)?;
-            let own = |entry: &u64| entry & (PRESENT | SWAPPED) != 0 && entry & FILE_OR_SHARED == 0;
-            let (chunks, _) = bytes.as_chunks();
-            let found = chunks.iter().map(|entry| u64::from_ne_bytes(*entry));
-            pages += found.filter(own).count() as u64;
+        for range in open {
+            self.mapping.check(range)?;
+            let (first, end) = (
+                base + range.start / page_size,
+                base + range.end.div_ceil(page_size),
+            );
+            for at in (first..end).step_by(ENTRIES as usize) {
+                let bytes = &mut entries[..((end - at).min(ENTRIES) * 8) as usize];
+                pagemap.read_exact_at(bytes, at * 8)?;
+                let own =
+                    |entry: &u64| entry & (PRESENT | SWAPPED) != 0 && entry & FILE_OR_SHARED == 0;
+                let (chunks, _) = bytes.as_chunks();
+                let found = chunks.iter().map(|entry| u64::from_ne_bytes(*entry));
+                pages += found.filter(own).count() as u64;
+            }
         }
         Ok(pages * page_size)
     }
@@ -143,6 +154,8 @@ mod tests {
             assert_eq!(exchange(&backing, block * 2 * MIB, 0xbb), 0xaa);
         }
         assert_eq!(backing.resident_bytes().unwrap(), 3 * 4096);
+        let ranges = [0..2 * MIB, 4 * MIB + 4096..6 * MIB];
+        assert_eq!(backing.resident_bytes_in(&ranges).unwrap(), 4096);
         backing.close(0..4 * MIB).unwrap();
         backing.discard(2 * MIB..4 * MIB).unwrap();
         backing.open(0..4 * MIB).unwrap();

@@ -111,6 +111,8 @@ pub struct Faults {
     pub panic_in_unmap: AtomicBool,
     /// What the backing says of itself.
     pub max_open_runs: AtomicU64,
+    /// The ranges of each measurement that was not of everything.
+    pub measured: Mutex<Vec<Vec<Range<u64>>>>,
     /// Slots now mapped, and how often each of `map` and `unmap` was called.
     pub slots: Mutex<Vec<u32>>,
     pub slot_calls: AtomicU32,
@@ -145,6 +147,7 @@ impl Faults {
             close_half: AtomicBool::new(false),
             panic_in_unmap: AtomicBool::new(false),
             max_open_runs: AtomicU64::new(u64::MAX),
+            measured: Mutex::default(),
             slots: Mutex::default(),
             slot_calls: AtomicU32::new(0),
         })
@@ -211,6 +214,11 @@ unsafe impl<B: Backing> Backing for FaultyBacking<B> {
 
     fn resident_bytes(&self) -> io::Result<u64> {
         self.0.resident_bytes()
+    }
+
+    fn resident_bytes_in(&self, open: &[Range<u64>]) -> io::Result<u64> {
+        self.1.measured.lock().unwrap().push(open.to_vec());
+        self.0.resident_bytes_in(open)
     }
 }
 

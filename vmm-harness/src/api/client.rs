@@ -1,6 +1,6 @@
 //! What the commands of `vmem` send to the API.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,11 +16,16 @@ use thiserror::Error;
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
-/// Longer than the commands ask the server to wait.
-const PATIENCE: Duration = Duration::from_secs(120);
+use crate::text::clean;
+
+/// How long an answer may take, if nobody says otherwise.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Before another attempt to connect.
 const QUEUE_FULL: Duration = Duration::from_millis(10);
+
+/// Before another look for a server.
+const NOT_THERE: Duration = Duration::from_millis(50);
 
 /// Bytes of an event at the most.
 const MAX_LINE: usize = 1 << 20;
@@ -35,9 +40,9 @@ pub enum ClientError {
     #[error("control API")]
     Http(#[from] hyper::Error),
     /// There is no answer.
-    #[error("control API: no answer in {} s", PATIENCE.as_secs())]
-    Late,
-    /// The server has refused.
+    #[error("control API: no answer in {0:?}")]
+    Late(Duration),
+    /// The server has refused. Fit to be shown.
     #[error("{message}")]
     Refused {
         /// The status code.
@@ -53,7 +58,7 @@ pub enum ClientError {
     Host(#[from] io::Error),
 }
 
-/// Sends one request to the API at `socket` and waits for the answer; `Null` if that has no body.
+/// Sends one request to the API at `socket` and waits for the answer, for `patience` at the most; `Null` if that has no body.
 ///
 /// # Errors
 ///
@@ -63,11 +68,35 @@ pub fn request(
     method: Method,
     path: &str,
     body: Option<&Value>,
+    patience: Duration,
 ) -> Result<Value, ClientError> {
-    on_runtime(call(socket, method, path, body))
+    on_runtime(patience, call(socket, method, path, body))
 }
 
-/// As [`request`], in a program that has a runtime.
+/// Waits until somebody listens at `socket`, for `patience` at the most. That nobody does is for the next request to find out.
+///
+/// # Errors
+///
+/// If the host lacks something.
+pub fn await_server(socket: &Path, patience: Duration) -> Result<(), ClientError> {
+    let listens = async {
+        while let Err(ClientError::Connect(_, error)) = connect(socket).await
+            && matches!(
+                error.kind(),
+                ErrorKind::NotFound | ErrorKind::ConnectionRefused
+            )
+        {
+            sleep(NOT_THERE).await;
+        }
+        Ok(())
+    };
+    match on_runtime(patience, listens) {
+        Err(ClientError::Late(_)) => Ok(()),
+        listens => listens,
+    }
+}
+
+/// As [`request`], in a program that has a runtime, for however long it takes.
 ///
 /// # Errors
 ///
@@ -83,7 +112,7 @@ pub async fn call(
         .method(method)
         .uri(path)
         .body(Bytes::from(body))
-        .map_err(|error| ClientError::Protocol(error.to_string()))?;
+        .map_err(protocol)?;
     let (head, body) = send(socket, request).await?.into_parts();
     let body = body.collect().await?.to_bytes();
     let value = match body.is_empty() {
@@ -111,9 +140,7 @@ pub async fn events(
     if let Some(after) = after {
         request = request.header("last-event-id", after);
     }
-    let request = request
-        .body(Bytes::new())
-        .map_err(|error| ClientError::Protocol(error.to_string()))?;
+    let request = request.body(Bytes::new()).map_err(protocol)?;
     let (head, mut body) = send(socket, request).await?.into_parts();
     if !head.status.is_success() {
         let value: Value = json(&body.collect().await?.to_bytes()).unwrap_or_default();
@@ -127,7 +154,7 @@ pub async fn events(
         };
         for line in data.split_inclusive(|byte| *byte == b'\n') {
             if text.len() + line.len() > MAX_LINE {
-                return Err(ClientError::Protocol("an event without an end".into()));
+                return Err(protocol("an event without an end"));
             }
             text.extend_from_slice(line);
             if text.last() == Some(&b'\n') {
@@ -145,14 +172,19 @@ pub async fn events(
 }
 
 fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, ClientError> {
-    serde_json::from_slice(body).map_err(|error| ClientError::Protocol(error.to_string()))
+    serde_json::from_slice(body).map_err(protocol)
+}
+
+/// What a server says may be anything.
+fn protocol(error: impl ToString) -> ClientError {
+    ClientError::Protocol(clean(&error.to_string()))
 }
 
 fn refused(status: StatusCode, body: &Value) -> ClientError {
     let message = body["fault_message"].as_str().unwrap_or("no reason given");
     ClientError::Refused {
         status: status.as_u16(),
-        message: message.to_owned(),
+        message: clean(message),
     }
 }
 
@@ -163,33 +195,40 @@ fn refused(status: StatusCode, body: &Value) -> ClientError {
 ///
 /// [`ClientError`] if there is none.
 pub fn exchange(socket: &Path, request: Request<Bytes>) -> Result<Response<Bytes>, ClientError> {
-    on_runtime(async {
+    on_runtime(PATIENCE, async {
         let (head, body) = send(socket, request).await?.into_parts();
         let body = body.collect().await?.to_bytes();
         Ok(Response::from_parts(head, body))
     })
 }
 
-fn on_runtime<T>(exchange: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
+fn on_runtime<T>(
+    patience: Duration,
+    exchange: impl Future<Output = Result<T, ClientError>>,
+) -> Result<T, ClientError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        let answer = timeout(PATIENCE, exchange).await;
-        answer.unwrap_or(Err(ClientError::Late))
+        let answer = timeout(patience, exchange).await;
+        answer.unwrap_or(Err(ClientError::Late(patience)))
     })
+}
+
+async fn connect(socket: &Path) -> Result<UnixStream, ClientError> {
+    let connected = loop {
+        match UnixStream::connect(socket).await {
+            // More clients wait than the kernel has room for.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => sleep(QUEUE_FULL).await,
+            connected => break connected,
+        }
+    };
+    connected.map_err(|error| ClientError::Connect(socket.to_owned(), error))
 }
 
 /// Sends one request, on a connection of its own.
 async fn send(socket: &Path, request: Request<Bytes>) -> Result<Response<Incoming>, ClientError> {
-    let connected = loop {
-        match UnixStream::connect(socket).await {
-            // More clients wait than the kernel has room for.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(QUEUE_FULL).await,
-            connected => break connected,
-        }
-    };
-    let stream = connected.map_err(|error| ClientError::Connect(socket.to_owned(), error))?;
+    let stream = connect(socket).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     // Ends with the answer's body, or with an error that the request gets too.
     tokio::spawn(connection);

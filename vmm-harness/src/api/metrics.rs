@@ -41,6 +41,12 @@ pub(super) fn render(instance: &Instance) -> String {
         let Some(guest) = status.guest else {
             continue;
         };
+        // By it, series with the one label are joined with those with the other.
+        if let Ok(geometry) = instance.with(&id, |controller| controller.device().geometry()) {
+            let region = format!("{:#x}", geometry.addr());
+            metrics::gauge!("vmem_device_info", "device" => id.clone(), "region" => region)
+                .set(1.0);
+        }
         for (name, value) in [
             ("vmem_guest_plugged_bytes", guest.plugged_size),
             ("vmem_guest_online_bytes", guest.online_size),

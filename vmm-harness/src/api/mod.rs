@@ -7,13 +7,17 @@
 //! | to find | look at |
 //! |---|---|
 //! | which request gets which answer | `routes.rs` |
-//! | connections, limits, time-outs, event streams | `server.rs` |
+//! | connections, limits, time-outs | `server.rs` |
+//! | event streams | `stream.rs` |
+//! | whether a client is still there | `peer.rs` |
 //! | what the commands of `vmem` send | [`client`] |
 
 pub mod client;
 mod metrics;
+mod peer;
 mod routes;
 mod server;
+mod stream;
 
 pub use server::{ApiServer, Limits};
 

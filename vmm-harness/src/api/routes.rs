@@ -148,6 +148,12 @@ fn memory(path: &str) -> Option<Resource> {
     })
 }
 
+/// A number as it is written in answers, and not in any other way.
+pub(super) fn number(text: &str) -> Option<u64> {
+    let number = text.parse::<u64>().ok()?;
+    (number.to_string() == text).then_some(number)
+}
+
 impl Resource {
     pub(super) fn at(path: &str) -> Result<Self, ApiError> {
         Ok(match path {
@@ -159,7 +165,7 @@ impl Resource {
             path => {
                 let device = path.strip_prefix("/hotplug/memory").and_then(memory);
                 let id = path.strip_prefix("/operations/");
-                let operation = id.and_then(|id| id.parse().ok()).map(Self::Operation);
+                let operation = id.and_then(number).map(Self::Operation);
                 match device.or(operation) {
                     Some(resource) => resource,
                     None => {
@@ -214,6 +220,22 @@ impl Resource {
             Ok(wait) if wait <= MAX_WAIT => Ok(wait),
             Ok(_) => Err(ApiError::bad_request("wait is an hour at the most")),
             Err(error) => Err(ApiError::bad_request(format!("wait={wait}: {error}"))),
+        }
+    }
+
+    /// Bytes a body may well have that is as it must be.
+    pub(super) fn body_limit(&self, instance: &Instance) -> usize {
+        /// Of a number, and what is between two of them.
+        const WORD: u64 = 22;
+        /// For all fields of a state but the blocks, names included.
+        const FIELDS: u64 = 1024;
+        match self {
+            Self::Memory(id, Part::State) => {
+                let words = instance.block_count(id).unwrap_or(0).div_ceil(64);
+                usize::try_from(words.saturating_mul(WORD).saturating_add(FIELDS))
+                    .unwrap_or(usize::MAX)
+            }
+            _ => 0,
         }
     }
 

@@ -1,15 +1,16 @@
-//! Connections, limits, time-outs and event streams.
+//! Connections, limits and time-outs.
 
 use std::convert::Infallible;
+use std::error::Error;
 use std::io;
 use std::os::unix::net::UnixListener as StdListener;
+use std::pin::pin;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use http_body_util::channel::{Channel, Sender};
 use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
-use hyper::body::{Bytes, Incoming};
+use hyper::body::{Body as _, Bytes, Incoming};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -17,21 +18,26 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::Value;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, interval, timeout, timeout_at};
 use tokio_io_timeout::TimeoutWriter;
 
 use super::metrics;
-use super::routes::{Answer, ApiError, Resource};
-use crate::control::{Instance, InstanceError, Listener};
+use super::peer::Peer;
+use super::routes::{Answer, ApiError, Resource, number};
+use super::stream::{EventStream, Source};
+use crate::control::{Instance, InstanceError};
 use crate::socket::ServerSocket;
 
-/// How often a stream without events says that it is still there, and metrics are put in order.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+/// How often metrics are put in order.
+const UPKEEP: Duration = Duration::from_secs(5);
 
 /// How long a wait sleeps before it looks again, whatever it has heard.
 const WAIT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long clients have for the rest of their answers when the server stops.
+const STOP_GRACE: Duration = Duration::from_secs(1);
 
 /// What a client may take.
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +46,7 @@ pub struct Limits {
     pub connections: usize,
     /// Event streams at a time; another is answered 429.
     pub streams: usize,
-    /// Bytes of a body; a larger one is answered 413.
+    /// Bytes of a body, or, if that is more, of the largest state the device can have; a larger one is answered 413.
     pub body: usize,
     /// For the head of a request, and between two requests; then the connection is closed.
     pub head_time: Duration,
@@ -55,7 +61,6 @@ impl Default for Limits {
         Self {
             connections: 32,
             streams: 8,
-            // The state of a TiB in blocks of 2 MiB is a fifth of it.
             body: 1 << 20,
             head_time: Duration::from_secs(10),
             body_time: Duration::from_secs(10),
@@ -67,7 +72,7 @@ impl Default for Limits {
 /// Serves the API of one instance until it is stopped or dropped.
 #[derive(Debug)]
 pub struct ApiServer {
-    stop: Option<oneshot::Sender<()>>,
+    stop: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
     _socket: ServerSocket,
 }
@@ -77,9 +82,10 @@ struct Api {
     limits: Limits,
     connections: Arc<Semaphore>,
     streams: Arc<Semaphore>,
+    stopped: watch::Receiver<bool>,
 }
 
-type Body = Either<Full<Bytes>, Channel<Bytes>>;
+type Body = Either<Full<Bytes>, EventStream>;
 
 impl ApiServer {
     /// Serves `instance` at `socket`, on a thread of its own.
@@ -97,29 +103,37 @@ impl ApiServer {
         listener.set_nonblocking(true)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            // What they do takes a quarter of a second at the most.
-            .max_blocking_threads(4)
+            // A connection has one request at a time, so that none waits for what another is about.
+            .max_blocking_threads(limits.connections)
             .build()?;
+        let (stop, stopped) = watch::channel(false);
         let api = Arc::new(Api {
             instance,
             limits,
             connections: Arc::new(Semaphore::new(limits.connections)),
             streams: Arc::new(Semaphore::new(limits.streams)),
+            stopped,
         });
-        let (stop, stopped) = oneshot::channel();
         let serve = move || {
-            let end = runtime.block_on(async {
+            runtime.block_on(async {
                 tokio::select! {
-                    end = accept(listener, api) => end,
-                    _ = stopped => Ok(()),
+                    end = accept(listener, &api) => if let Err(error) = end {
+                        log::error!("control API: {error}");
+                    },
+                    () = api.stopped() => {}
+                }
+                // Until nobody is connected any more.
+                let all = u32::try_from(limits.connections).unwrap_or(u32::MAX);
+                if timeout(STOP_GRACE, api.connections.acquire_many(all))
+                    .await
+                    .is_err()
+                {
+                    log::debug!("control API: clients do not read their answers");
                 }
             });
-            if let Err(error) = end {
-                log::error!("control API: {error}");
-            }
         };
         Ok(Self {
-            stop: Some(stop),
+            stop,
             thread: Some(
                 thread::Builder::new()
                     .name("vmem-api".into())
@@ -132,8 +146,7 @@ impl ApiServer {
 
 impl Drop for ApiServer {
     fn drop(&mut self) {
-        // An error is that it has ended.
-        let _ = self.stop.take().map(|stop| stop.send(()));
+        self.stop.send_replace(true);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -142,10 +155,10 @@ impl Drop for ApiServer {
     }
 }
 
-async fn accept(listener: StdListener, api: Arc<Api>) -> io::Result<()> {
+async fn accept(listener: StdListener, api: &Arc<Api>) -> io::Result<()> {
     let listener = UnixListener::from_std(listener)?;
     tokio::spawn(async {
-        let mut ticks = interval(HEARTBEAT);
+        let mut ticks = interval(UPKEEP);
         loop {
             ticks.tick().await;
             if let Some(recorder) = metrics::recorder() {
@@ -164,40 +177,49 @@ async fn accept(listener: StdListener, api: Arc<Api>) -> io::Result<()> {
                 continue;
             }
         };
-        let api = Arc::clone(&api);
+        let api = Arc::clone(api);
         tokio::spawn(async move {
-            serve_connection(stream, api).await;
+            if let Err(error) = serve_connection(stream, api).await {
+                log::debug!("control API: {error}");
+            }
             drop(permit);
         });
     }
 }
 
-async fn serve_connection(stream: UnixStream, api: Arc<Api>) {
-    let head_time = api.limits.head_time;
+async fn serve_connection(stream: UnixStream, api: Arc<Api>) -> Result<(), Box<dyn Error>> {
+    let peer = Arc::new(Peer::of(&stream)?);
     // Who reads nothing would keep its place, and events, for ever.
     let mut stream = TimeoutWriter::new(stream);
     stream.set_timeout(Some(api.limits.read_time));
-    let service = service_fn(move |request| {
-        let api = Arc::clone(&api);
-        async move { Ok::<_, Infallible>(api.respond(request).await) }
+    let service = service_fn(|request| {
+        let (api, peer) = (Arc::clone(&api), Arc::clone(&peer));
+        async move { Ok::<_, Infallible>(api.respond(request, peer).await) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(head_time)
+        .header_read_timeout(api.limits.head_time)
         .max_buf_size(16 << 10)
         // `nc -N` and the like.
         .half_close(true)
-        .serve_connection(TokioIo::new(Box::pin(stream)), service)
-        .await;
-    if let Err(error) = served {
-        log::debug!("control API: {error}");
+        .serve_connection(TokioIo::new(Box::pin(stream)), service);
+    let mut served = pin!(served);
+    tokio::select! {
+        served = &mut served => return Ok(served?),
+        () = api.stopped() => served.as_mut().graceful_shutdown(),
     }
+    Ok(served.await?)
 }
 
 impl Api {
-    async fn respond(&self, request: Request<Incoming>) -> Response<Body> {
+    async fn stopped(&self) {
+        // An error is that the server is gone.
+        let _ = self.stopped.clone().wait_for(|stopped| *stopped).await;
+    }
+
+    async fn respond(&self, request: Request<Incoming>, peer: Arc<Peer>) -> Response<Body> {
         let (method, uri) = (request.method().clone(), request.uri().clone());
-        let response = self.answer(request).await.unwrap_or_else(|error| {
+        let response = self.answer(request, peer).await.unwrap_or_else(|error| {
             let mut response = json(error.status, &error.body());
             if let Some(allow) = &error.allow {
                 header(&mut response, ALLOW, allow);
@@ -208,19 +230,29 @@ impl Api {
         response
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, ApiError> {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: Arc<Peer>,
+    ) -> Result<Response<Body>, ApiError> {
         let (head, body) = request.into_parts();
         let resource = Resource::at(head.uri.path())?;
         resource.check_method(&head.method)?;
         let wait = resource.wait(&head.method, head.uri.query())?;
-        let body = self.read(body).await?;
+        let limit = resource.body_limit(&self.instance).max(self.limits.body);
+        let body = self.read(body, limit).await?;
         if resource == Resource::Events {
-            return self.events(&head.headers, &body);
+            return self.events(&head.headers, &body, peer);
         }
         if let Resource::Operation(id) = &resource
             && !wait.is_zero()
         {
-            self.wait(*id, wait).await?;
+            tokio::select! {
+                waited = self.wait(*id, wait) => waited?,
+                // Who has gone is answered, too: that is how the connection ends.
+                () = peer.gone() => {}
+                () = self.stopped() => {}
+            }
         }
         let instance = Arc::clone(&self.instance);
         let answer = spawn_blocking(move || resource.answer(&head.method, &body, &instance)).await;
@@ -231,14 +263,19 @@ impl Api {
         Ok(respond(answer))
     }
 
-    async fn read(&self, body: Incoming) -> Result<Bytes, ApiError> {
-        let whole = Limited::new(body, self.limits.body).collect();
+    async fn read(&self, body: Incoming, limit: usize) -> Result<Bytes, ApiError> {
+        let too_large = || {
+            let message = format!("a body of more than {limit} bytes");
+            Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message))
+        };
+        // What it says itself; not a byte of it need come.
+        if body.size_hint().lower() > limit as u64 {
+            return too_large();
+        }
+        let whole = Limited::new(body, limit).collect();
         match timeout(self.limits.body_time, whole).await {
             Ok(Ok(whole)) => Ok(whole.to_bytes()),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => {
-                let message = format!("a body of more than {} bytes", self.limits.body);
-                Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message))
-            }
+            Ok(Err(error)) if error.is::<LengthLimitError>() => too_large(),
             Ok(Err(error)) => Err(ApiError::bad_request(error)),
             Err(_) => {
                 let message = "the body did not come in time";
@@ -266,9 +303,14 @@ impl Api {
         }
     }
 
-    fn events(&self, headers: &HeaderMap, body: &Bytes) -> Result<Response<Body>, ApiError> {
+    fn events(
+        &self,
+        headers: &HeaderMap,
+        body: &Bytes,
+        peer: Arc<Peer>,
+    ) -> Result<Response<Body>, ApiError> {
         let after = headers.get("last-event-id");
-        let after = after.map(|after| after.to_str().ok()?.parse().ok());
+        let after = after.map(|after| number(after.to_str().ok()?));
         let after = match after {
             Some(None) => return Err(ApiError::bad_request("Last-Event-ID is none of ours")),
             after => after.flatten(),
@@ -281,38 +323,16 @@ impl Api {
             let message = format!("there are {} event streams already", self.limits.streams);
             ApiError::new(StatusCode::TOO_MANY_REQUESTS, message)
         })?;
-        let (sender, channel) = Channel::new(16);
-        let events = self.instance.events().listen(after);
-        tokio::spawn(async move {
-            stream_events(sender, events).await;
-            drop(permit);
+        let stream = EventStream::new(Source {
+            events: self.instance.events().listen(after),
+            peer,
+            stopped: self.stopped.clone(),
+            _permit: permit,
         });
-        let mut response = Response::new(Either::Right(channel));
+        let mut response = Response::new(Either::Right(stream));
         header(&mut response, CONTENT_TYPE, "text/event-stream");
         header(&mut response, CACHE_CONTROL, "no-store");
         Ok(response)
-    }
-}
-
-/// Sends events until nobody reads them or there will be no more.
-async fn stream_events(mut sender: Sender<Bytes>, mut events: Listener) {
-    // At once, so that a client knows from when on it misses nothing.
-    let mut text = String::from(": connected\n\n");
-    while sender.send_data(Bytes::from(text)).await.is_ok() {
-        text = match timeout(HEARTBEAT, events.next()).await {
-            Ok(Some((lost, id, event))) => {
-                // Without a number of its own: who comes back asks for what is after the last event it has.
-                let missed = match lost {
-                    0 => String::new(),
-                    lost => format!("data: {{\"event\":\"missed\",\"count\":{lost}}}\n\n"),
-                };
-                // Fields, strings and numbers: there is nothing that could fail.
-                let data = serde_json::to_string(&event).unwrap_or_default();
-                format!("{missed}id: {id}\ndata: {data}\n\n")
-            }
-            Ok(None) => return,
-            Err(_) => String::from(": nothing new\n\n"),
-        };
     }
 }
 

@@ -11,10 +11,12 @@ use clap::Args;
 use clap::builder::styling::{AnsiColor, Style};
 use hyper::Method;
 use serde_json::{Value, json};
-use vmm_harness::api::client::request;
+use tempfile::NamedTempFile;
+use vmm_harness::api::client::{ClientError, PATIENCE, await_server, request};
 use vmm_harness::control::explain;
 use vmm_harness::demo::size as size_text;
 use vmm_harness::serve::control::Command;
+use vmm_harness::text::{clean, clean_json};
 use vmm_harness::{linux, parse_size};
 
 use super::UsageError;
@@ -26,7 +28,7 @@ vmem resize [OPTIONS] <SIZE>
 pub(crate) const RESIZE_HELP: &str = "\
 A guest of vmem run is named by --api-sock, and one of several memory devices by --device. One of vmem linux is named by
 the socket its prompt has named, which is told from a size by its slash; without a size its sizes are printed. A deadline
-that passes ends the waiting only: the size stays requested.
+that passes ends the waiting only: the size stays requested. The server has another two seconds to say why it is not there.
 
 Examples:
   vmem resize 2G --api-sock vm.sock
@@ -38,9 +40,9 @@ Exit codes:
   0  the size is requested; with --wait, it is there
   1  it cannot be had, was superseded or cancelled, or nobody serves there; the error says which
   2  the options are wrong
-  4  the deadline has passed; the error says what keeps the size from being there";
+  4  the deadline has passed; the error says what keeps the size from being there, or that the server does not answer";
 
-pub(crate) const HELP: &str = "\
+pub(crate) const STATUS_HELP: &str = "\
 Examples:
   vmem status --api-sock vm.sock
   VMEM_API_SOCK=vm.sock vmem status --json --device mem1
@@ -50,14 +52,28 @@ Exit codes:
   1  refused, or nobody serves there; the error says which
   2  the options are wrong";
 
+pub(crate) const FREEZE_HELP: &str = "\
+A frozen device answers BUSY to every PLUG and UNPLUG; thawed, it tells the driver that trying again is worth it.
+
+Examples:
+  vmem freeze --api-sock vm.sock
+  vmem thaw --api-sock vm.sock
+  vmem freeze --device mem1 --api-sock vm.sock
+
+Exit codes:
+  0  done
+  1  refused, or nobody serves there; the error says which
+  2  the options are wrong";
+
 pub(crate) const SNAPSHOT_HELP: &str = "\
 The state is the device's: which blocks are plugged, which sizes and features its driver knows. Contents of memory and the
-guest itself are not in it; a guest that starts with a restored device finds blocks plugged from an earlier life.
+guest itself are not in it; a guest that starts with a restored device finds blocks plugged from an earlier life. A file that
+is there is replaced as a whole or not at all.
 
 Examples:
   vmem freeze --api-sock a.sock && vmem snapshot device.json --api-sock a.sock
   vmem run --api-sock b.sock --no-start &
-  vmem restore device.json --api-sock b.sock
+  vmem restore device.json --api-sock b.sock --connect-timeout 10s
 
 Exit codes:
   0  done
@@ -70,6 +86,9 @@ const DEADLINE_PASSED: u8 = 4;
 /// One request waits no longer than this; another follows.
 const WAIT_STEP: Duration = Duration::from_secs(60);
 
+/// For an answer, beyond a deadline, to say why the size is not there.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// Where the API is.
 #[derive(Args, Clone)]
 pub(crate) struct Api {
@@ -79,6 +98,9 @@ pub(crate) struct Api {
     /// The memory device; the first if none is named
     #[arg(long, value_name = "ID")]
     pub(super) device: Option<String>,
+    /// How long to wait for a server that is not there yet [default: 0s]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    connect_timeout: Option<Duration>,
 }
 
 impl Api {
@@ -90,14 +112,19 @@ impl Api {
         }
     }
 
-    pub(super) fn socket(&self) -> Result<&Path, UsageError> {
-        self.api_sock.as_deref().ok_or_else(|| {
+    /// The socket, where somebody listens by now if that was to be waited for.
+    pub(super) fn socket(&self) -> anyhow::Result<&Path> {
+        let socket = self.api_sock.as_deref().ok_or_else(|| {
             UsageError("name the socket of a `vmem run` with --api-sock or VMEM_API_SOCK".into())
-        })
+        })?;
+        if let Some(patience) = self.connect_timeout {
+            await_server(socket, patience)?;
+        }
+        Ok(socket)
     }
 
     fn request(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
-        Ok(request(self.socket()?, method, path, body)?)
+        Ok(request(self.socket()?, method, path, body, PATIENCE)?)
     }
 }
 
@@ -166,42 +193,77 @@ fn resize_linux(socket: &Path, size: Option<u64>) -> anyhow::Result<ExitCode> {
 }
 
 fn resize_running(args: &ResizeArgs, size: u64) -> anyhow::Result<ExitCode> {
+    let socket = args.api.socket()?;
     // One that nobody lives to see is none.
     let deadline = args
         .deadline
         .and_then(|deadline| Instant::now().checked_add(deadline));
+    let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+    match resize_until(args, socket, size, &left) {
+        Err(ClientError::Late(_)) if deadline.is_some() => {
+            eprintln!("vmem: deadline passed: the server does not answer");
+            Ok(ExitCode::from(DEADLINE_PASSED))
+        }
+        operation => print_resize(args, &operation?),
+    }
+}
+
+/// The operation, as it is when it has ended, or when nothing is left of the time.
+fn resize_until(
+    args: &ResizeArgs,
+    socket: &Path,
+    size: u64,
+    left: &dyn Fn() -> Option<Duration>,
+) -> Result<Value, ClientError> {
+    let ask = |method, path: &str, body: Option<&Value>| {
+        let patience = left().map_or(PATIENCE, |left| left.min(WAIT_STEP) + LAST_WORDS);
+        request(socket, method, path, body, patience)
+    };
     let mut body = json!({ "requested_size": size });
     if let Some(id) = &args.api.device {
         body["device"] = json!(id);
     }
-    let mut operation = args.api.request(Method::POST, "/operations", Some(&body))?;
+    let mut operation = ask(Method::POST, "/operations", Some(&body))?;
     let path = format!("/operations/{}", operation["id"]);
-    let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
     let is_under_way =
         |operation: &Value| matches!(operation["state"].as_str(), Some("converging" | "stalled"));
     while args.wait && is_under_way(&operation) && left() != Some(Duration::ZERO) {
         let wait = left().map_or(WAIT_STEP, |left| left.min(WAIT_STEP));
         let path = format!("{path}?wait={}ms", wait.as_millis().max(1));
-        operation = args.api.request(Method::GET, &path, None)?;
+        operation = ask(Method::GET, &path, None)?;
     }
+    Ok(operation)
+}
+
+fn print_resize(args: &ResizeArgs, operation: &Value) -> anyhow::Result<ExitCode> {
     let bytes = |field: &str| size_text(operation[field].as_u64().unwrap_or(0));
-    let state = operation["state"].as_str().unwrap_or("unknown");
     let plugged = format!(
         "{} of {} plugged",
         bytes("plugged_size"),
         bytes("requested_size")
     );
-    match state {
+    let id = text(&operation["id"]);
+    match operation["state"].as_str().unwrap_or("unknown") {
         "settled" => println!("{plugged}"),
         "converging" | "stalled" if args.wait => {
             let reason = operation["reason"].as_str().unwrap_or("converging");
-            eprintln!("vmem: deadline passed: {plugged}: {}", explain(reason));
+            let reason = clean(explain(reason));
+            eprintln!("vmem: deadline passed: {plugged}: {reason}");
             return Ok(ExitCode::from(DEADLINE_PASSED));
         }
-        "converging" | "stalled" => println!("{plugged}, operation {}", operation["id"]),
-        state => anyhow::bail!("operation {} was {state}: {plugged}", operation["id"]),
+        "converging" | "stalled" => println!("{plugged}, operation {id}"),
+        state => anyhow::bail!("operation {id} was {}: {plugged}", clean(state)),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a server says, which may be anything, fit to be shown.
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => clean(text),
+        Value::Null => "unknown".into(),
+        value => clean(&value.to_string()),
+    }
 }
 
 /// One device in JSON, the first if none is named; in words all of them.
@@ -209,8 +271,8 @@ pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     let get = |path: &str| args.api.request(Method::GET, path, None);
     let mut out = io::stdout().lock();
     if args.json {
-        serde_json::to_writer_pretty(&mut out, &get(&args.api.memory(""))?)?;
-        writeln!(out)?;
+        let status = serde_json::to_string_pretty(&get(&args.api.memory(""))?)?;
+        writeln!(out, "{}", clean_json(&status))?;
         return Ok(ExitCode::SUCCESS);
     }
     if args.api.device.is_some() {
@@ -238,10 +300,9 @@ fn write_status(out: &mut StdoutLock<'_>, status: &Value) -> io::Result<()> {
         false => text.to_owned(),
     };
     let bytes = |value: &Value| size_text(value.as_u64().unwrap_or(0));
-    let text = |value: &Value| value.as_str().unwrap_or("unknown").to_owned();
     let state = text(&status["state"]).to_lowercase();
     let reason = match (status["reason"].as_str(), status["frozen"].as_bool()) {
-        (Some(reason), _) => paint(explain(reason), AnsiColor::Yellow),
+        (Some(reason), _) => paint(&clean(explain(reason)), AnsiColor::Yellow),
         (None, Some(true)) => paint("the size is there; frozen", AnsiColor::Yellow),
         (None, _) => paint("the size is there", AnsiColor::Green),
     };
@@ -264,13 +325,15 @@ fn write_status(out: &mut StdoutLock<'_>, status: &Value) -> io::Result<()> {
             "driver     {}, {} online on node {}, {} pages moved",
             text(&guest["driver_state"]),
             bytes(&guest["online_size"]),
-            guest["node"],
-            guest["pages_moved"]
+            text(&guest["node"]),
+            text(&guest["pages_moved"])
         )?;
         writeln!(
             out,
             "workload   {} pages held, {} verified, {} wrong",
-            guest["pages_held"], guest["pages_verified"], guest["pages_wrong"]
+            text(&guest["pages_held"]),
+            text(&guest["pages_verified"]),
+            text(&guest["pages_wrong"])
         )?;
     }
     Ok(())
@@ -291,8 +354,24 @@ pub(crate) fn snapshot(args: &FileArgs) -> anyhow::Result<ExitCode> {
         .api
         .request(Method::GET, &args.api.memory("/state"), None)?;
     let file = || args.file.display().to_string();
-    fs::write(&args.file, format!("{state}\n")).with_context(file)?;
+    replace(&args.file, &format!("{state}\n")).with_context(file)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a file as a whole or not at all. What is there and no file, as a pipe, is written to.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    if fs::metadata(&path).is_ok_and(|there| !there.is_file()) {
+        return fs::write(&path, text);
+    }
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    let mut file = NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
+    file.write_all(text.as_bytes())?;
+    file.as_file().sync_all()?;
+    file.persist(&path)?;
+    Ok(())
 }
 
 pub(crate) fn restore(args: &FileArgs) -> anyhow::Result<ExitCode> {

@@ -43,7 +43,7 @@ pub(crate) struct MachineArgs {
     /// Where the guest runs [default: auto]
     #[arg(long, value_enum)]
     guest: Option<Guest>,
-    /// Seed of everything chosen at random [default: 0; of a stress run, a new one each time]
+    /// Seed of everything chosen at random [default: 0]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 }

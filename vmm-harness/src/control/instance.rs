@@ -497,12 +497,28 @@ impl Instance {
         Err(ControlError::UnknownOperation(id).into())
     }
 
+    /// How many blocks a device of a guest that is not started is to have.
+    ///
+    /// # Errors
+    ///
+    /// [`InstanceError`].
+    pub fn block_count(&self, id: &str) -> Result<u64, InstanceError> {
+        match &*self.read() {
+            Phase::NotStarted(phase) => {
+                let device = &phase.options.devices()[index_of(&phase.options, id)?];
+                Ok(device.region / device.block_size)
+            }
+            Phase::Started(_) | Phase::Stopped => Err(InstanceError::Started),
+        }
+    }
+
     /// The memory of a device as it is now. Asks the guest, which may take a quarter of a second if it does not answer.
     ///
     /// # Errors
     ///
     /// [`InstanceError`].
     pub fn memory(&self, id: &str) -> Result<MemoryStatus, InstanceError> {
+        let resident_size = self.resident_size(id)?;
         let phase = self.read();
         let state = run_state(&phase);
         match &*phase {
@@ -516,7 +532,7 @@ impl Instance {
                 let requested = device.handle().status().requested_size > 0;
                 Ok(MemoryStatus {
                     reason: requested.then_some(Reason::NotStarted),
-                    ..MemoryStatus::of(id, &device, state, 0)
+                    ..MemoryStatus::of(id, &device, state, resident_size)
                 })
             }
             Phase::Started(started) => {
@@ -525,8 +541,6 @@ impl Instance {
                 let Some(device) = started.machine.devices().nth(index) else {
                     return Err(InstanceError::UnknownDevice(id.into()));
                 };
-                let resident = device.handle().resident_bytes();
-                let resident_size = resident.map_err(ControlError::Resident)?;
                 Ok(MemoryStatus {
                     reason: started.reason(controller, report),
                     guest: Some(GuestStatus::from(report)),
@@ -535,6 +549,21 @@ impl Instance {
             }
             Phase::Stopped => Err(InstanceError::Ended),
         }
+    }
+
+    /// Host memory behind the plugged blocks of a device; there is none before the guest is started.
+    fn resident_size(&self, id: &str) -> Result<u64, InstanceError> {
+        // Not under the lock: it takes a while if much is plugged.
+        let device = match &*self.read() {
+            Phase::NotStarted(phase) => {
+                index_of(&phase.options, id)?;
+                return Ok(0);
+            }
+            Phase::Started(started) => started.controller(id)?.1.device().clone(),
+            Phase::Stopped => return Err(InstanceError::Ended),
+        };
+        let resident = device.plugged_resident_bytes();
+        Ok(resident.map_err(ControlError::Resident)?)
     }
 
     /// Why the size of a device is not there; `None` if it is. May take as long as [`memory`](Self::memory).

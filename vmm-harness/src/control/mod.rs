@@ -41,7 +41,7 @@ pub enum ControlError {
     #[error("memory behind the region")]
     Resident(#[source] io::Error),
     /// The device cannot be saved now.
-    #[error("{0}; freeze it first")]
+    #[error(transparent)]
     Save(#[from] SaveError),
     /// No such operation, or it has been forgotten.
     #[error("there is no operation {0}")]

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::LinuxError;
 use crate::serve::control::{self, Command, Report};
+use crate::text::clean;
 
 /// Who connects speaks at once.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -74,8 +75,8 @@ pub fn execute_at(socket: &Path, command: Command) -> Result<Report, LinuxError>
         .map_err(LinuxError::file(socket))?;
     let answer: Value = serde_json::from_str(&line).unwrap_or_default();
     let error = match &answer["error"] {
-        Value::String(error) => error.clone(),
-        _ => format!("{} gives no answer: {line:?}", socket.display()),
+        Value::String(error) => clean(error),
+        _ => format!("{} gives no answer: {}", socket.display(), clean(&line)),
     };
     serde_json::from_value(answer).map_err(|_| LinuxError::Unsupported(error))
 }

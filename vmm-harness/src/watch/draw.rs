@@ -11,10 +11,11 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Axis, Block, Chart, Dataset, GraphType, Paragraph};
 
 use super::blocks::{BlockKind, BlockMap, Cell};
-use super::text::{clean, short_count, short_duration, short_rate, short_time};
+use super::text::{short_count, short_duration, short_rate, short_time};
 use super::view::{Memory, Sample, View};
 use crate::control::explain;
 use crate::demo::size as size_text;
+use crate::text::clean;
 
 /// The smallest terminal with room for the sizes and a chart.
 const MIN_WIDTH: u16 = 40;

@@ -41,7 +41,7 @@ impl Feed {
             Some(id) => format!("/hotplug/memory/{id}"),
             None => "/hotplug/memory".to_owned(),
         };
-        request(&options.socket, Method::GET, &memory, None)?;
+        request(&options.socket, Method::GET, &memory, None, PATIENCE)?;
 
         let (sender, updates) = mpsc::channel();
         let (sizes, wanted) = unbounded_channel();

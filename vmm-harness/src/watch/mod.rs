@@ -28,10 +28,10 @@ use ratatui::DefaultTerminal;
 use ratatui::crossterm::event;
 use thiserror::Error;
 
+pub use crate::text::clean;
 pub use blocks::{BlockKind, BlockMap, Blocks, Cell, Run};
 pub use draw::draw;
 pub use screen::with_screen;
-pub use text::clean;
 pub use view::{Action, Guest, Memory, Requests, Update, View};
 
 use crate::api::client::ClientError;

@@ -2,29 +2,6 @@
 
 use std::time::Duration;
 
-/// Characters of a text from elsewhere that are shown at the most.
-const MAX_LEN: usize = 300;
-
-/// `text`, from a server or a guest, fit to be drawn: what would control a terminal, or change the direction or the place of
-/// what is drawn beside it, is replaced, and what is too long is cut.
-#[must_use]
-pub fn clean(text: &str) -> String {
-    let is_unfit = |c: char| {
-        c.is_control()
-            || matches!(c,
-                // Without width; directions.
-                '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}'
-                // Invisible copies of ASCII.
-                | '\u{e0000}'..='\u{e007f}')
-    };
-    let fit = |c| match is_unfit(c) {
-        true => char::REPLACEMENT_CHARACTER,
-        false => c,
-    };
-    text.chars().take(MAX_LEN).map(fit).collect()
-}
-
 /// A duration in 5 characters at the most: `350ns`, `1.2ms`, `42s`.
 pub(super) fn short_duration(nanos: u64) -> String {
     let (divisor, unit) = match nanos {
@@ -74,18 +51,6 @@ pub(super) fn short_time(time: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn nothing_that_moves_a_cursor_or_turns_a_line_is_left() {
-        let hostile = "a\x1b[2J\r\n\t\u{7f}\u{9b}31m\u{202e}b\u{200d}\u{feff}ä€";
-        let clean = clean(hostile);
-        assert_eq!(clean.chars().filter(|c| c.is_control()).count(), 0);
-        assert_eq!(
-            clean,
-            "a\u{fffd}[2J\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}31m\u{fffd}b\u{fffd}\u{fffd}ä€"
-        );
-        assert_eq!(super::clean(&"x".repeat(1 << 20)).len(), MAX_LEN);
-    }
 
     #[test]
     fn numbers_are_short_and_right() {

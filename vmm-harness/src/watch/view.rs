@@ -8,9 +8,9 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::blocks::{BlockMap, Blocks};
-use super::text::clean;
 use crate::demo::size as size_text;
 use crate::parse_size;
+use crate::text::clean;
 
 /// Looks that are remembered: more than the widest terminal has columns.
 const MAX_SAMPLES: usize = 1024;
