@@ -290,6 +290,9 @@ pub(crate) fn status(args: &StatusArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Milliseconds after which people wonder.
+const SLOW: u64 = 1000;
+
 fn write_status(out: &mut StdoutLock<'_>, status: &Value) -> io::Result<()> {
     let colours = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let paint = |text: &str, colour: AnsiColor| match colours {
@@ -311,6 +314,13 @@ fn write_status(out: &mut StdoutLock<'_>, status: &Value) -> io::Result<()> {
     writeln!(out, "requested  {}", bytes(&status["requested_size"]))?;
     writeln!(out, "plugged    {}", bytes(&status["plugged_size"]))?;
     writeln!(out, "state      {reason}")?;
+    if let Some(milliseconds) = status["serving"]["milliseconds"].as_u64()
+        && milliseconds >= SLOW
+    {
+        let request = text(&status["serving"]["request"]);
+        let seconds = milliseconds as f64 / 1e3;
+        writeln!(out, "host       at {request} for {seconds:.1} s")?;
+    }
     writeln!(out, "resident   {}", bytes(&status["resident_size"]))?;
     writeln!(
         out,

@@ -102,6 +102,8 @@ pub struct MemoryStatus {
     pub slot_count: u64,
     /// What the device has answered since it was made, by request and answer; what there was none of is left out.
     pub requests: Vec<RequestStatus>,
+    /// The request the host is carrying out; sizes are as they were before.
+    pub serving: Option<Serving>,
     /// Whether requests are held off.
     pub frozen: bool,
     /// Where the guest is in its life.
@@ -137,12 +139,29 @@ impl MemoryStatus {
             resident_size,
             slot_count: status.slot_count,
             requests: RequestStatus::list(&handle.latencies()),
+            serving: status.serving.map(|(request, since)| Serving {
+                request: request.name(),
+                milliseconds: millis(since.elapsed()),
+            }),
             frozen: status.frozen,
             state,
             reason: None,
             guest: None,
         }
     }
+}
+
+/// A request that is being carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Serving {
+    /// Its type.
+    pub request: &'static str,
+    /// For how long already.
+    pub milliseconds: u64,
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Requests of one type with one answer, and how long they took: nanoseconds, percentiles at most twice too large.
@@ -203,6 +222,8 @@ pub struct GuestStatus {
     pub pages_moved: u64,
     /// Pages its workers hold now.
     pub pages_held: u64,
+    /// Pages of those that cannot be moved for now.
+    pub pages_unmovable: u64,
     /// Pages read back and found right.
     pub pages_verified: u64,
     /// Pages read back and found wrong.
@@ -228,6 +249,7 @@ impl From<&Report> for GuestStatus {
             unreachable_size: report.unreachable,
             pages_moved: report.pages_moved,
             pages_held: sum(|worker| worker.pages_held),
+            pages_unmovable: sum(|worker| worker.pages_unmovable),
             pages_verified: sum(|worker| worker.pages_verified),
             pages_wrong: sum(|worker| worker.pages_wrong),
             message: report.message.clone(),
