@@ -9,12 +9,16 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use running::{Running, output};
+
+/// Far more than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn folder() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
@@ -39,6 +43,29 @@ fn signals_end_it_cleanly() {
         assert!(said.contains("the guest is done"), "{said}");
         assert!(said.contains("wrong: 0"), "{said}");
         assert!(!socket.exists());
+    }
+}
+
+#[test]
+fn workloads_that_pin_have_pages_that_cannot_be_moved() {
+    for workload in ["pin", "mixed"] {
+        let (_folder, socket) = folder();
+        let path = socket.to_str().unwrap();
+        let running = Running::start(&socket, &["--size", "256M", "--workload", workload]);
+        let begun = Instant::now();
+        // Each is pinned for a while.
+        while status(path)["guest"]["pages_unmovable"] == 0 {
+            assert!(begun.elapsed() < PATIENCE, "{workload}");
+        }
+        // For a while only: all is unplugged in the end.
+        let resize = ["resize", "0", "--wait", "--api-sock", path];
+        let (code, _, stderr) = output(&resize);
+        assert_eq!(code, 0, "{stderr}");
+        let status = status(path);
+        assert_eq!(status["plugged_size"], 0);
+        assert_eq!(status["guest"]["pages_unmovable"], 0);
+        running.signal(Signal::TERM);
+        assert_eq!(running.end().0, Some(0));
     }
 }
 
