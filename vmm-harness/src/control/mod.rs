@@ -23,6 +23,8 @@ use virtio_mem::{Handle, Resize, ResizeError, ResizeState, SaveError, State, Sta
 pub use events::{Event, Events, Listener};
 pub use instance::{GuestStatus, Instance, InstanceError, MemoryStatus, RequestStatus, RunState};
 pub use options::{DeviceOptions, FIRST_DEVICE, GuestOptions};
+#[cfg(test)]
+pub(crate) use reason::tests::report;
 pub use reason::{Reason, explain};
 
 /// Operations that are remembered; of more, the oldest are forgotten.

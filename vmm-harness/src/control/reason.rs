@@ -133,7 +133,7 @@ pub fn explain(reason: &str) -> &str {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::io;
     use std::sync::Arc;
     use std::time::Instant;
@@ -154,7 +154,7 @@ mod tests {
         failure: None,
     };
 
-    fn report(driver_state: DriverState, unreachable_reason: Shortfall) -> Report {
+    pub(crate) fn report(driver_state: DriverState, unreachable_reason: Shortfall) -> Report {
         Report {
             driver_state: Some(driver_state),
             requested_size: STATUS.requested_size,

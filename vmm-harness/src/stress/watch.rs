@@ -91,11 +91,10 @@ impl Watch {
 
 #[cfg(test)]
 mod tests {
-    use virtio_mem_driver::driver::{Mode, Strategy};
-    use virtio_mem_wire::BlockMap;
     use vmem_guest::abi::Shortfall;
 
     use super::*;
+    use crate::control::report as reported;
 
     const LIMIT: Duration = Duration::from_secs(30);
     const TARGET: u64 = 8 << 20;
@@ -115,22 +114,8 @@ mod tests {
 
     fn report(reason: Shortfall, requested_size: u64) -> Report {
         Report {
-            driver_state: Some(DriverState::Stalled),
             requested_size,
-            plugged_size: 0,
-            node: 0,
-            online_size: 0,
-            pages_moved: 0,
-            interrupts: 0,
-            requests: 0,
-            strategy: Strategy::Direct,
-            mode: Mode::SubBlock,
-            granule_size: 2 << 20,
-            unreachable: 0,
-            unreachable_reason: Some(reason),
-            workers: Vec::new(),
-            view: BlockMap::new(1),
-            message: None,
+            ..reported(DriverState::Stalled, reason)
         }
     }
 
