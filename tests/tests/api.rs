@@ -1377,6 +1377,8 @@ fn state_of_a_large_device_is_taken_and_a_larger_one_is_not() {
 #[test]
 fn reasons_say_nothing_twice() {
     let rig = Rig::started(GuestKind::InProcess, 0);
+    // Before its driver is there, a device can be saved.
+    rig.resize(64 * MIB);
     let (_, fault) = rig.json("GET", "/hotplug/memory/state", &Value::Null);
     let mut messages = vec![fault];
     assert_eq!(rig.put("/hotplug/memory/freeze"), 204);
