@@ -1293,7 +1293,7 @@ fn clients_that_have_gone_give_their_places_back() {
     assert_eq!(rig.get("/operations/1")["reason"], "frozen");
     // What they have asked for is done.
     let mut hasty = rig.connect();
-    let patch = b"PATCH /hotplug/memory HTTP/1.1\r\nHost: vmem\r\nContent-Length: 26\r\n\r\n{\"requested_size_mib\": 32 }";
+    let patch = b"PATCH /hotplug/memory HTTP/1.1\r\nHost: vmem\r\nContent-Length: 27\r\n\r\n{\"requested_size_mib\": 32 }";
     hasty.write_all(patch).unwrap();
     drop(hasty);
     until(|| (rig.get("/hotplug/memory")["requested_size_mib"] == 32).then_some(()));
@@ -1377,6 +1377,8 @@ fn state_of_a_large_device_is_taken_and_a_larger_one_is_not() {
 #[test]
 fn reasons_say_nothing_twice() {
     let rig = Rig::started(GuestKind::InProcess, 0);
+    // Before its driver is there, a device can be saved.
+    rig.resize(64 * MIB);
     let (_, fault) = rig.json("GET", "/hotplug/memory/state", &Value::Null);
     let mut messages = vec![fault];
     assert_eq!(rig.put("/hotplug/memory/freeze"), 204);

@@ -404,6 +404,8 @@ fn replay_reports_difference_and_damage_with_exit_code_1() {
 
 #[test]
 fn limits_that_leave_nothing_to_do_are_refused() {
+    let folder = tempfile::tempdir().expect("a folder for the socket");
+    let socket = folder.path().join("vm.sock").to_string_lossy().into_owned();
     for (command, option, value) in [
         ("stress", "--duration", "0s"),
         ("stress", "--resizes", "0"),
@@ -417,7 +419,7 @@ fn limits_that_leave_nothing_to_do_are_refused() {
     ] {
         let mut args = vec![command, "--guest", "in-process", option, value];
         if command == "run" {
-            args.extend(["--api-sock", "/nowhere/vmem.sock"]);
+            args.extend(["--api-sock", &socket]);
         }
         let (code, stdout, stderr) = vmem(&args);
         assert_eq!(code, 2, "{args:?}: {stdout}{stderr}");

@@ -128,7 +128,7 @@ mod tests {
         }
         assert_eq!(backing.resident_bytes().unwrap(), 4 * MIB);
         for (ranges, resident) in [
-            (&[0..16 * MIB][..], 4 * MIB),
+            (&[0..4 * MIB, 4 * MIB..16 * MIB][..], 4 * MIB),
             (&[0..2 * MIB, 5 * MIB..6 * MIB], MIB),
             (&[], 0),
         ] {

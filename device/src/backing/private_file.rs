@@ -93,7 +93,8 @@ unsafe impl Backing for PrivateFile {
     }
 
     fn resident_bytes(&self) -> io::Result<u64> {
-        self.resident_bytes_in(std::slice::from_ref(&(0..self.len())))
+        let all = 0..self.len();
+        self.resident_bytes_in(std::slice::from_ref(&all))
     }
 
     fn resident_bytes_in(&self, open: &[Range<u64>]) -> io::Result<u64> {

@@ -18,7 +18,10 @@ use crate::control::Listener;
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// Ends with the server, with its client, or when there will be no more events. What it has is given back with it.
-pub(super) struct EventStream(Pin<Box<dyn Future<Output = Option<(String, Source)>> + Send>>);
+pub(super) struct EventStream(Pin<Box<Next>>);
+
+/// The next piece of text, and where what is after it comes from.
+type Next = dyn Future<Output = Option<(String, Source)>> + Send;
 
 /// Where the text comes from.
 pub(super) struct Source {
