@@ -68,7 +68,7 @@ impl Device {
         let mut core = self.lock();
         core.frozen = frozen;
         self.lock_busy().frozen = frozen;
-        self.views.show(&core);
+        self.show(&core);
         drop(core);
         if !frozen {
             self.end_busy(BusyCause::Frozen);

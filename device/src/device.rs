@@ -60,7 +60,7 @@ pub(crate) struct Device {
     usable_extent: u64,
     core: Mutex<Core>,
     pub(crate) busy: Mutex<Busy>,
-    pub(crate) views: Views,
+    views: Views,
     /// The epoch of the queue handler that may touch the queue. Held while it does.
     active: Mutex<Option<u64>>,
     epochs: AtomicU64,
@@ -227,6 +227,8 @@ impl Device {
             }
         };
         let started = Instant::now();
+        // Dropped after the lock, for those who wait already.
+        let _shows_panic = ShowsPanic(self);
         let mut core = self.lock();
         if !matches!(request, Request::State(_)) {
             self.views.begin(request.kind(), started);
@@ -428,13 +430,22 @@ impl Device {
         }
     }
 
-    /// What is seen now; never waits for a request.
-    pub(crate) fn view(&self) -> View {
+    /// What everybody may see, without waiting for a request.
+    pub(crate) fn views(&self) -> &Views {
+        self.show_panic();
+        &self.views
+    }
+
+    /// Lets everybody see `core`.
+    pub(crate) fn show(&self, core: &Core) {
+        self.views.show(core);
+    }
+
+    /// Lets everybody see that a part of the VMM has panicked under the lock, which could not show it itself.
+    fn show_panic(&self) {
         if self.core.is_poisoned() {
-            // What panicked could not show that.
             drop(self.lock());
         }
-        self.views.latest()
     }
 
     /// Counts one in `total`, and as `event` for the `metrics` facade; whether to log it, see [`Total::count`].
@@ -537,6 +548,15 @@ impl Device {
         self.interrupt
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What is served when a part of the VMM panics has failed for everybody to see.
+struct ShowsPanic<'a>(&'a Device);
+
+impl Drop for ShowsPanic<'_> {
+    fn drop(&mut self) {
+        self.0.show_panic();
     }
 }
 

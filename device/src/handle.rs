@@ -60,7 +60,7 @@ impl Handle {
     /// [`serving`](Status::serving) set. Never waits for a request: it is how a host that does not answer is found.
     #[must_use]
     pub fn status(&self) -> Status {
-        self.0.view().status
+        self.0.views().look(|view| view.status.clone())
     }
 
     /// Waits until `done` says so, without polling.
@@ -75,7 +75,7 @@ impl Handle {
     ) -> Result<Status, Status> {
         match self
             .0
-            .views
+            .views()
             .wait_for(deadline, |view| view.status.clone(), done)
         {
             (status, true) => Ok(status),
@@ -169,7 +169,8 @@ impl Handle {
         Ok(bytes)
     }
 
-    /// Bytes of host memory behind plugged blocks, measured now: all there is, as long as closed memory cannot be touched.
+    /// Bytes of host memory behind plugged blocks, measured now: all there is, as long as closed memory cannot be
+    /// touched, but for what an UNPLUG is about to give back.
     ///
     /// Takes time by what is plugged, and not by the size of the region. Blocks may come and go meanwhile.
     ///

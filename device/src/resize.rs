@@ -105,7 +105,7 @@ impl Resize {
     /// How far it has come. Never waits for a request that is being served.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        self.progress_in(&self.device.view())
+        self.device.views().look(|view| self.progress_in(view))
     }
 
     /// Waits until the size is there, without polling.
@@ -114,10 +114,15 @@ impl Resize {
     ///
     /// [`WaitError`] if it ended otherwise, or has not ended at `deadline`.
     pub fn wait(&self, deadline: Instant) -> Result<Progress, WaitError> {
-        let (progress, _) = self.device.views.wait_for(
+        let (progress, _) = self.device.views().wait_for(
             deadline,
             |view| self.progress_in(view),
-            |_| self.operation.end.get().is_some(),
+            |progress| {
+                !matches!(
+                    progress.state,
+                    ResizeState::Converging | ResizeState::Stalled { .. }
+                )
+            },
         );
         match progress.state {
             ResizeState::Settled => Ok(progress),

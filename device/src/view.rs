@@ -62,13 +62,18 @@ impl Views {
         }
     }
 
-    pub(crate) fn latest(&self) -> View {
-        self.lock().view.clone()
+    /// What `look` makes of the latest view; no resize comes to its end meanwhile.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&View) -> T) -> T {
+        look(&self.lock().view)
     }
 
     /// A request begins. The next [`show`](Self::show) is its end.
     pub(crate) fn begin(&self, request: RequestKind, now: Instant) {
-        self.lock().view.status.serving = Some((request, now));
+        let mut latest = self.lock();
+        latest.view.status.serving = Some((request, now));
+        latest.number = latest.number.wrapping_add(1);
+        drop(latest);
+        self.changed.notify_all();
     }
 
     /// Lets everybody see `core`; a resize whose size is there ends at the same moment.
@@ -83,7 +88,7 @@ impl Views {
         self.changed.notify_all();
     }
 
-    /// Waits until `done` says so of a snapshot, or until `deadline`; the snapshot then, and whether it is done.
+    /// Waits until `done` says so of a snapshot, which is taken as [`look`](Self::look) does, or until `deadline`; the snapshot then, and whether it is done.
     pub(crate) fn wait_for<T>(
         &self,
         deadline: Instant,

@@ -88,8 +88,14 @@ fn part_of_the_vmm_that_panics_stops_the_device() {
     let mut rig = Rig::new();
     rig.plug(0, 1);
     rig.faults.panic_in_unmap.store(true, Ordering::Relaxed);
+    let handle = rig.handle.clone();
+    let waits = std::thread::spawn(move || {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        handle.wait_until(deadline, |status| status.failure.is_some())
+    });
     let unplug = std::panic::AssertUnwindSafe(|| rig.unplug(0, 1));
     assert!(std::panic::catch_unwind(unplug).is_err());
+    assert!(waits.join().unwrap().is_ok());
     let failure = rig.handle.status().failure.expect("the device has failed");
     assert_eq!(failure.to_string(), "a part of the VMM panicked");
     assert_eq!(rig.handle.status().serving, None);

@@ -161,6 +161,10 @@ fn looking_at_the_device_does_not_wait_for_a_request_that_is_stuck() {
     let resize = rig.handle.resize(GIB).unwrap();
     let before = rig.handle.status();
     assert_eq!(before.serving, None);
+    let handle = rig.handle.clone();
+    let begins = thread::spawn(move || {
+        handle.wait_until(Instant::now() + TIMEOUT, |status| status.serving.is_some())
+    });
     submit_plug(&mut rig, 0);
     let worker = handler.spawn("memory").unwrap();
     notify.write(1).unwrap();
@@ -172,6 +176,7 @@ fn looking_at_the_device_does_not_wait_for_a_request_that_is_stuck() {
     assert_eq!(rig.handle.counters().host_failures, 0);
     assert_eq!(rig.handle.latencies(), virtio_mem::Latencies::default());
     assert_eq!(events.take(), None);
+    assert!(begins.join().unwrap().is_ok());
     let during = rig.handle.status();
     let (request, since) = during.serving.unwrap();
     assert_eq!(request, RequestKind::Plug);
