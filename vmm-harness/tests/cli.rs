@@ -161,8 +161,8 @@ fn bad_options_are_clear_errors_with_exit_code_2() {
         (&["--targets=-1"], "invalid value '-1'"),
         (&["--guest", "xen"], "invalid value 'xen'"),
         (&["--backing", "paper"], "invalid value 'paper'"),
-        (&["--vcpus", "0"], "0 vCPUs, must be 1 to 16"),
-        (&["--vcpus", "17"], "17 vCPUs, must be 1 to 16"),
+        (&["--vcpus", "0"], "0 vCPUs are not 1 to 16"),
+        (&["--vcpus", "17"], "17 vCPUs are not 1 to 16"),
         (
             &["--boot-memory", "1M"],
             "boot memory of 1 MiB does not hold the guest program",

@@ -208,7 +208,8 @@ fn the_first_failure_of_several_guests_is_told() {
 #[test]
 fn a_failure_is_told_whatever_becomes_of_the_report() {
     let dir = tempfile::tempdir().unwrap();
-    fs::create_dir(dir.path().join("index.html")).unwrap();
+    let page = dir.path().join("index.html");
+    std::os::unix::fs::symlink("/dev/full", &page).unwrap();
     let args = "--guest in-process --region 1G --duration 1h --workload pin --pattern sawtooth --stuck-after 0s";
     let report = dir.path().display();
     let run = vmem("", &format!("{args} --seed 4 --report {report} >/dev/full"));
@@ -217,6 +218,39 @@ fn a_failure_is_told_whatever_becomes_of_the_report() {
     assert!(err.contains("check `no-resize-is-stuck` failed"), "{err}");
     let repeats = format!("VMEM_SEED=4; to repeat: vmem stress {args} --seed 4\n");
     assert!(err.contains(&repeats), "{err}");
+    assert!(
+        err.ends_with("No space left on device (os error 28)\n"),
+        "{err}"
+    );
+
+    // What cannot be written from the beginning is found there.
+    fs::remove_file(&page).unwrap();
+    fs::create_dir(&page).unwrap();
+    let run = vmem("", &format!("--duration 1h --report {report}"));
+    let err = text(&run.stderr);
+    assert_eq!(run.status.code(), Some(1), "{err}");
+    assert!(err.contains("Is a directory"), "{err}");
+}
+
+#[test]
+fn numbers_beyond_reason_do_not_end_a_report() {
+    let dir = tempfile::tempdir().unwrap();
+    let most = u64::MAX;
+    let args = format!(
+        "--guest in-process --region 256M --resizes 3 --vms 2 --budget {most} --stuck-after {most}s --report {}",
+        dir.path().display()
+    );
+    let run = vmem("", &args);
+    assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
+    let json = fs::read(dir.path().join("report.json")).unwrap();
+    let json: Value = serde_json::from_slice(&json).unwrap();
+    // More than they have is no limit.
+    assert_eq!(json["run"]["options"]["budget"], Value::Null);
+    let run = vmem(
+        "export VMEM_SEED=$(printf '\\377');",
+        "--resizes 1 --guest in-process",
+    );
+    assert_eq!(run.status.code(), Some(2), "{}", text(&run.stdout));
 }
 
 #[test]
@@ -232,10 +266,19 @@ fn what_was_measured_of_a_guest_goes_together() {
         for sample in samples {
             let size = |name: &str| sample[name].as_u64().unwrap();
             let most = size("most_plugged");
-            assert!(
-                most >= size("online") && most >= size("resident"),
-                "{sample}"
-            );
+            for part in ["plugged", "online", "resident"] {
+                assert!(most >= size(part), "{part}: {sample}");
+            }
+        }
+        // Of one look each: a map that has nothing is of a sample that has nothing.
+        for map in json["vms"][0]["maps"].as_array().unwrap() {
+            let of = |sample: &&Value| sample["seconds"] == map["seconds"];
+            let Some(sample) = samples.iter().find(of) else {
+                continue;
+            };
+            let shares = map["shares"].as_str().unwrap();
+            let has_some = shares.chars().any(|share| share != '0');
+            assert_eq!(sample["plugged"] != 0, has_some, "{sample} {shares}");
         }
     }
 }

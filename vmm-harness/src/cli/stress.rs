@@ -1,7 +1,6 @@
 //! `vmem stress`.
 
-use std::env;
-use std::fs;
+use std::env::{self, VarError};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -38,7 +37,8 @@ Exit codes:
   0  every check held until the end
   1  a check failed, or something could not be done; the error names it, and a line that repeats the run
   2  the options are wrong
-  4  ended early by SIGINT or SIGTERM; every check held until then";
+  4  ended early by SIGINT or SIGTERM; every check held until then
+  130, 143  ended at once by a second SIGINT, SIGTERM; nothing is known";
 
 #[derive(Args)]
 pub(crate) struct StressArgs {
@@ -63,7 +63,7 @@ pub(crate) struct StressArgs {
     /// What all guests together may have [default: what they can have]
     #[arg(long, value_name = "SIZE")]
     budget: Option<Size>,
-    /// How long a resize may take without progress or a reason
+    /// How long a resize may take without progress or a reason; a guest is looked at every 40 ms or so, below that all is stuck
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "30s")]
     stuck_after: Duration,
     /// Write a page with plots, and the data behind it, into this folder
@@ -118,7 +118,7 @@ pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
     }
     if let Some(dir) = &args.report {
         // Before the run, not after it.
-        fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+        report::prepare(dir).with_context(|| dir.display().to_string())?;
     }
     let interrupted = stress::interrupted_by_signals()?;
     let began = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
@@ -172,8 +172,10 @@ pub(crate) fn run(args: &StressArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn seed_of_environment() -> anyhow::Result<Option<u64>> {
-    let Ok(seed) = env::var("VMEM_SEED") else {
-        return Ok(None);
+    let seed = match env::var("VMEM_SEED") {
+        Ok(seed) => seed,
+        Err(VarError::NotPresent) => return Ok(None),
+        Err(VarError::NotUnicode(seed)) => seed.to_string_lossy().into_owned(),
     };
     let wrong = |_| UsageError(format!("VMEM_SEED is {seed:?}, which is no number"));
     Ok(Some(seed.parse().map_err(wrong)?))

@@ -39,8 +39,8 @@ pub struct Recording {
 /// What failed first.
 #[derive(Clone, Debug, Serialize)]
 pub struct Failure {
-    /// Which guest, from 0.
-    pub vm: usize,
+    /// Which guest, from 0, if one can be named.
+    pub vm: Option<usize>,
     /// When it was found, since the run began.
     pub seconds: f64,
     /// Name of the check, if it was one.
@@ -167,7 +167,9 @@ impl From<&StressOptions> for Options {
             resizes,
             stuck_after: options.stuck_after.as_secs_f64(),
             vms: options.vm_count,
-            budget: options.budget,
+            budget: options
+                .budget
+                .filter(|budget| *budget < guest.region.saturating_mul(options.vm_count as u64)),
             guest: guest.guest,
             vcpus: guest.vcpu_count,
             boot_memory: guest.boot_memory,
@@ -206,7 +208,7 @@ pub struct Sample {
     pub seconds: f64,
     /// What the driver is asked to have plugged.
     pub requested: u64,
-    /// What is plugged.
+    /// What the device has plugged, without the blocks of an UNPLUG that is being carried out.
     pub plugged: u64,
     /// Most that was plugged at a time while `online` and `resident` were measured.
     pub most_plugged: u64,
@@ -290,19 +292,42 @@ impl Recording {
     }
 }
 
+/// The files of a report.
+const PAGE: &str = "index.html";
+const DATA: &str = "report.json";
+const SAMPLES: &str = "samples.csv";
+
 /// Writes `index.html`, `report.json` and `samples.csv` into `dir`, which exists.
 ///
 /// # Errors
 ///
 /// If a file cannot be written.
 pub fn write(dir: &Path, recording: &Recording) -> io::Result<()> {
-    fs::write(dir.join("index.html"), page::page(recording))?;
-    let mut json = BufWriter::new(File::create(dir.join("report.json"))?);
+    let mut json = BufWriter::new(File::create(dir.join(DATA))?);
     serde_json::to_writer(&mut json, recording)?;
     json.flush()?;
-    let mut csv = BufWriter::new(File::create(dir.join("samples.csv"))?);
+    let mut csv = BufWriter::new(File::create(dir.join(SAMPLES))?);
     samples(recording, &mut csv)?;
-    csv.flush()
+    csv.flush()?;
+    // Last: where it is, there is the data behind it.
+    fs::write(dir.join(PAGE), page::page(recording))
+}
+
+/// Makes `dir` if it is not there, and finds out whether a report can be written there.
+///
+/// # Errors
+///
+/// If it cannot.
+pub fn prepare(dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    for file in [DATA, SAMPLES, PAGE] {
+        // What is there from another run stays until there is something to take its place.
+        File::options()
+            .append(true)
+            .create(true)
+            .open(dir.join(file))?;
+    }
+    Ok(())
 }
 
 /// All samples of all guests as lines of numbers, below a line of names.

@@ -14,6 +14,14 @@ const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inlin
 pub(super) fn page(recording: &Recording) -> String {
     let (title, class) = match recording.outcome {
         Outcome::Passed => ("every check held", "passed"),
+        Outcome::Failed
+            if recording
+                .failure
+                .as_ref()
+                .is_some_and(|failure| failure.check.is_none()) =>
+        {
+            ("something could not be done", "failed")
+        }
         Outcome::Failed => ("a check failed", "failed"),
         Outcome::Interrupted => ("ended early, every check held", "interrupted"),
     };
@@ -57,8 +65,11 @@ fn facts(recording: &Recording) -> String {
 
 /// What was asked for: in the words of the command line where it has some.
 fn options(options: &Options) -> String {
-    let seconds =
-        |seconds: f64| humantime::format_duration(Duration::from_secs_f64(seconds)).to_string();
+    let seconds = |seconds: f64| match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) => humantime::format_duration(duration).to_string(),
+        // Longer than there is a time for.
+        Err(_) => "none".to_owned(),
+    };
     let limit = match (options.seconds, options.resizes) {
         (Some(time), _) => seconds(time),
         (None, count) => format!("{} resizes", count.unwrap_or(0)),

@@ -131,7 +131,7 @@ impl OverTime<'_> {
     /// Marks the failure, if there was one, and if it was guest `vm`'s or no guest is named.
     fn mark_failure(&self, chart: &mut Chart, vm: Option<usize>) {
         if let Some(failure) = &self.recording.failure
-            && vm.is_none_or(|vm| vm == failure.vm)
+            && vm.is_none_or(|vm| failure.vm.is_none_or(|failing| vm == failing))
         {
             chart.up(
                 "failure",
@@ -228,7 +228,11 @@ impl OverTime<'_> {
         let most = sums.max().unwrap_or(0).max(run.options.budget.unwrap_or(0));
         let name = "Memory of all guests";
         // With room for what is written above the budget.
-        let mut chart = self.chart(name, Axis::bytes("bytes", most + most / 16), 220.0);
+        let mut chart = self.chart(
+            name,
+            Axis::bytes("bytes", most.saturating_add(most / 16)),
+            220.0,
+        );
         let mut legend = Vec::new();
         for vm in 0..vms.len() {
             let class = format!("held h{}", vm % SHADES);
@@ -264,8 +268,8 @@ impl OverTime<'_> {
         } else {
             legend.as_slice()
         };
-        let note = "What each guest may come to have plugged, the larger of requested and plugged, guest 0 lowest: counted \
-                    whenever it changes, for all at the same moment.";
+        let note = "What each guest may come to have plugged, the larger of requested and plugged, guest 0 lowest: of all at \
+                    the same moment. Where there is no room for every change, the most and the least of all together stay.";
         figure("memory-all", name, legend, note, chart)
     }
 

@@ -46,6 +46,12 @@ impl Blocks {
         )
     }
 
+    /// Bytes plugged now, and bytes plugged so far, whatever became of them.
+    pub(super) fn plugged_bytes(&self) -> (u64, u64) {
+        let moved = lock(&self.moved);
+        (moved.now(), moved.plugged)
+    }
+
     /// Most bytes plugged at a time since the last call.
     pub(super) fn take_most(&self) -> u64 {
         let mut moved = lock(&self.moved);

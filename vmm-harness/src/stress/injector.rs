@@ -10,6 +10,7 @@ use serde::Serialize;
 use virtio_mem_wire::{Answer, RequestKind};
 
 use super::stop::Stop;
+use super::watch::WITH_A_REASON;
 use super::{StressOptions, lock};
 use crate::Machine;
 use crate::demo::checks::check;
@@ -71,7 +72,7 @@ impl Injector {
             kinds: options.faults.clone(),
             faults,
             vcpu_count: options.guest.vcpu_count,
-            limit: options.stuck_after,
+            limit: options.stuck_after.saturating_mul(WITH_A_REASON),
             random: Mutex::new(fastrand::Rng::with_seed(seed)),
             counts: options.faults.iter().map(|_| AtomicU64::new(0)).collect(),
         }

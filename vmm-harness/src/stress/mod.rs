@@ -85,11 +85,14 @@ pub struct StressOptions {
 
 /// A check failed, or something could not be done: the end of a run.
 #[derive(Debug, Error)]
-#[error("guest {vm}, resize {resize} to {target} bytes")]
+#[error("{}", match vm {
+    Some(vm) => format!("guest {vm}, resize {resize} to {target} bytes"),
+    None => format!("after {resize} resizes and the end of all guests"),
+})]
 pub struct Failure {
-    /// Which guest, from 0.
-    pub vm: usize,
-    /// Which of its resizes, from 1; 0 before the first.
+    /// Which guest, from 0, if one can be named.
+    pub vm: Option<usize>,
+    /// Which of its resizes, from 1; 0 before the first. How many there were, if no guest is named.
     pub resize: u64,
     /// The size that was asked for last.
     pub target: u64,
@@ -169,6 +172,8 @@ struct VmState {
     summary: Mutex<Summary>,
     /// Of this life.
     live: Mutex<report::Sample>,
+    /// The size that was asked for last.
+    asked: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -204,12 +209,13 @@ impl Shared<'_> {
         taken.is_ok()
     }
 
-    /// Notes what was found wrong with guest `vm`, and ends the run. What is found later may follow from the first, or
-    /// from ending.
-    fn fail(&self, vm: usize, source: DemoError) {
-        let live = lock(&self.vms[vm].live);
-        let (resize, target) = (live.resizes, live.requested);
-        drop(live);
+    /// Notes what was found wrong, with guest `vm` if it can be told, and ends the run. What is found later may follow
+    /// from the first, or from ending.
+    fn fail(&self, vm: Option<usize>, source: DemoError) {
+        let of = vm.and_then(|vm| self.vms.get(vm));
+        let resize = of.map(|vm| lock(&vm.live).resizes);
+        let resize = resize.unwrap_or_else(|| self.resizes.load(Ordering::Relaxed));
+        let target = of.map_or(0, |vm| vm.asked.load(Ordering::Relaxed));
         lock(&self.failure).get_or_insert_with(|| {
             Arc::new(Failure {
                 vm,
@@ -292,6 +298,7 @@ pub fn run(
         recorder: Mutex::new(Recorder::new()),
         summary: Mutex::default(),
         live: Mutex::default(),
+        asked: AtomicU64::new(0),
     };
     let shared = Shared {
         options,
@@ -303,7 +310,7 @@ pub fn run(
         failure: Mutex::default(),
         vms: (0..options.vm_count).map(|_| state()).collect(),
         budget,
-        backend: Mutex::default(),
+        backend: Mutex::new("no guest has started".to_owned()),
         census: Census::take()?,
     };
     thread::scope(|scope| -> io::Result<()> {
@@ -326,7 +333,7 @@ pub fn run(
     if lock(&shared.failure).is_none()
         && let Err(leak) = shared.census.nothing_leaked()
     {
-        shared.fail(0, leak.into());
+        shared.fail(None, leak.into());
     }
     progress(&shared.progress());
     let mut summary = Summary::default();

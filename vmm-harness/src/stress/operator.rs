@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -70,7 +71,7 @@ impl<'a> Operator<'a> {
             let before = Census::take().map_err(DemoError::from);
             let lived = before.and_then(|before| self.life(before));
             if let Err(source) = lived {
-                self.shared.fail(self.vm, source);
+                self.shared.fail(Some(self.vm), source);
             }
         }
     }
@@ -88,7 +89,7 @@ impl<'a> Operator<'a> {
         let machine = Machine::start(&config, device)?;
         *lock(&shared.backend) = machine.backend().to_string();
         self.target = 0;
-        lock(&self.state().live).requested = 0;
+        self.state().asked.store(0, Ordering::Relaxed);
         let Some(settled) = self.settle(&machine)? else {
             return self.end(machine).1;
         };
@@ -153,17 +154,24 @@ impl<'a> Operator<'a> {
         // Whoever finds something wrong says so at once: the operator may be waiting for what does not come.
         let tell = |result: Result<(), DemoError>| {
             if let Err(source) = result {
-                shared.fail(vm, source);
+                shared.fail(Some(vm), source);
             }
         };
         let mut seen = Seen::default();
         let ran = thread::scope(|scope| {
-            let observing = thread::Builder::new()
-                .name(observer_name)
-                .spawn_scoped(scope, || tell(observer.run(&over, &mut seen)))?;
+            let observing =
+                thread::Builder::new()
+                    .name(observer_name)
+                    .spawn_scoped(scope, || {
+                        let _raises = shared.stop.by_panic();
+                        tell(observer.run(&over, &mut seen));
+                    })?;
             let injecting = thread::Builder::new()
                 .name(injector_name)
-                .spawn_scoped(scope, || tell(injector.run(machine, &over)))
+                .spawn_scoped(scope, || {
+                    let _raises = shared.stop.by_panic();
+                    tell(injector.run(machine, &over));
+                })
                 .inspect_err(|_| over.raise())?;
             let operated = self.operate(machine, injector);
             over.raise();
@@ -216,7 +224,7 @@ impl<'a> Operator<'a> {
         let granule_size = self.granule_size();
         let target = self.shared.budget.grant(self.vm, target, granule_size);
         self.target = target;
-        lock(&self.state().live).requested = target;
+        self.state().asked.store(target, Ordering::Relaxed);
         let asked = machine.handle().resize(target);
         asked.map_err(|error| DemoError::Options(error.to_string()))?;
         // From now on the device lets nothing be plugged beyond the target.

@@ -18,24 +18,32 @@ pub(super) struct Recorder {
     longest_gap: f64,
 }
 
+/// What has its extremes kept: the sizes that are drawn, and what was plugged when they were looked at.
+const EXTREMES: [fn(&Sample) -> u64; 5] = {
+    let [requested, most_plugged, online, resident] = Sample::SIZES;
+    [requested, most_plugged, online, resident, |sample| {
+        sample.plugged
+    }]
+};
+
 impl Recorder {
     pub(super) fn new() -> Self {
         Self {
-            samples: Series::new(|samples| keep_extremes(samples, &Sample::SIZES)),
+            samples: Series::new(|samples| keep_extremes(samples, &EXTREMES)),
             maps: Series::new(|maps| maps.truncate(1)),
             last: None,
             longest_gap: 0.0,
         }
     }
 
-    pub(super) fn sample(&mut self, sample: Sample, plugged: impl FnOnce() -> BlockMap) {
+    pub(super) fn sample(&mut self, sample: Sample, plugged: &BlockMap) {
         if let Some(last) = self.last.replace(sample.seconds) {
             self.longest_gap = self.longest_gap.max(sample.seconds - last);
         }
         self.samples.push(sample);
         self.maps.push(Map {
             seconds: sample.seconds,
-            shares: shares(&plugged()),
+            shares: shares(plugged),
         });
     }
 
@@ -89,7 +97,7 @@ mod tests {
                 resident: 5 + 2 * short,
                 ..Sample::default()
             };
-            recorder.sample(sample, || BlockMap::new(4));
+            recorder.sample(sample, &BlockMap::new(4));
         }
         let vm = recorder.into_vm();
         assert_eq!((vm.looks, vm.stride, vm.longest_gap), (50_000, 256, 8.0));

@@ -11,7 +11,7 @@ use crate::control::Reason;
 use crate::demo::CheckFailed;
 
 /// How much longer a driver may take that says why, and the host for a request: it gives and takes gigabytes.
-const WITH_A_REASON: u32 = 4;
+pub(super) const WITH_A_REASON: u32 = 4;
 
 /// Notices a resize that neither progresses nor has a reason for that.
 #[derive(Debug)]
