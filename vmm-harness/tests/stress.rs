@@ -9,8 +9,10 @@ mod common;
 mod pty;
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use common::kvm_or_skip;
 use pty::Terminal;
@@ -315,7 +317,7 @@ fn a_signal_ends_a_run_in_order() {
         // Its threads are there once it has a guest: signals are waited for by then.
         let threads = format!("/proc/{}/task", run.id());
         while fs::read_dir(&threads).unwrap().count() < 4 {
-            std::thread::yield_now();
+            thread::yield_now();
         }
         kill_process(Pid::from_child(&run), Signal::INT).unwrap();
         let mut out = String::new();
@@ -327,6 +329,40 @@ fn a_signal_ends_a_run_in_order() {
             "{out}"
         );
     }
+}
+
+#[test]
+fn a_second_signal_ends_a_run_that_cannot_end() {
+    // Nobody reads what it says in the end.
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let mut run = Command::new(env!("CARGO_BIN_EXE_vmem"))
+        .args([
+            "stress",
+            "--guest",
+            "in-process",
+            "--region",
+            "256M",
+            "--duration",
+            "1h",
+        ])
+        .stdout(writer.try_clone().unwrap())
+        .spawn()
+        .unwrap();
+    let fills = thread::spawn(move || while writer.write_all(&[0; 4096]).is_ok() {});
+    let threads = format!("/proc/{}/task", run.id());
+    while fs::read_dir(&threads).unwrap().count() < 4 {
+        thread::yield_now();
+    }
+    let code = loop {
+        kill_process(Pid::from_child(&run), Signal::INT).unwrap();
+        thread::sleep(Duration::from_millis(100));
+        if let Some(status) = run.try_wait().unwrap() {
+            break status.code();
+        }
+    };
+    assert_eq!(code, Some(130));
+    drop(reader);
+    fills.join().unwrap();
 }
 
 #[test]
