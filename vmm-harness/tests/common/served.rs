@@ -1,12 +1,14 @@
 //! `vmem serve` as a process, and a VMM that is its client.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, Signal};
@@ -156,6 +158,22 @@ impl Served {
         }
     }
 
+    /// What it has said on standard error; read by offset, since the server's descriptor shares the position.
+    fn log(&self) -> String {
+        let mut log = vec![0; self.log.metadata().unwrap().len() as usize];
+        self.log.read_exact_at(&mut log, 0).unwrap();
+        String::from_utf8_lossy(&log).into_owned()
+    }
+
+    /// Waits until it has said `text`.
+    pub(crate) fn until_said(&self, text: &str) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !self.log().contains(text) {
+            assert!(Instant::now() < deadline, "{text:?} is not said");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// How many descriptors it has, and how many of them a child of it would have as well.
     pub(crate) fn descriptors(&self) -> (usize, usize) {
         let fdinfo = std::fs::read_dir(format!("/proc/{}/fdinfo", self.child.id())).unwrap();
@@ -194,12 +212,7 @@ impl Drop for Served {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            let mut log = String::new();
-            let _ = self
-                .log
-                .rewind()
-                .and_then(|()| self.log.read_to_string(&mut log));
-            eprintln!("the server said:\n{log}");
+            eprintln!("the server said:\n{}", self.log());
         }
         for left in [&self.socket, &self.lock()] {
             let _ = std::fs::remove_file(left);
