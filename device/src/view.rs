@@ -62,7 +62,7 @@ impl Views {
         }
     }
 
-    /// What `look` makes of the latest view; no resize comes to its end meanwhile.
+    /// What `look` makes of the latest view; no resize settles meanwhile.
     pub(crate) fn look<T>(&self, look: impl FnOnce(&View) -> T) -> T {
         look(&self.lock().view)
     }
@@ -88,7 +88,8 @@ impl Views {
         self.changed.notify_all();
     }
 
-    /// Waits until `done` says so of a snapshot, which is taken as [`look`](Self::look) does, or until `deadline`; the snapshot then, and whether it is done.
+    /// Waits until `done` says so of a snapshot, which is taken as [`look`](Self::look) does, or until `deadline`;
+    /// the snapshot then, and whether it is done.
     pub(crate) fn wait_for<T>(
         &self,
         deadline: Instant,

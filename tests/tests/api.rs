@@ -610,8 +610,8 @@ fn bad_body(document: &Document, schema: &Value, random: &mut Random) -> Vec<u8>
             Value::Null,
         ];
         match random.below(7) {
-            // What a reader of formats without names might take for the same: fields by their order, whatever that is, and
-            // a choice as a field of its own.
+            // What a reader of formats without names might take for the same: fields by their order, whatever that is,
+            // and a choice as a field of its own.
             5 => {
                 let mut values: Vec<_> = fields.values().cloned().collect();
                 values.extend((0..random.below(3)).map(|_| Value::Null));
@@ -1256,8 +1256,8 @@ fn client_that_has_said_all_is_answered() {
     assert!(answer.contains("\"state\":\"settled\""), "{answer}");
 }
 
-/// Before the guest is started there is no memory to look for. What was measured is in the metrics, by the address of the
-/// region, and no other test has one there.
+/// Before the guest is started there is no memory to look for. What was measured is in the metrics, by the address of
+/// the region, and no other test has one there.
 #[test]
 fn region_of_a_guest_that_is_not_started_is_not_measured() {
     let rig = Rig::with_two(GuestKind::InProcess, 0);

@@ -411,8 +411,8 @@ impl Machine {
         }
     }
 
-    /// Keeps `vcpu` from running guest code until [`release`](Self::release); `false` in this process, where that cannot
-    /// be done.
+    /// Keeps `vcpu` from running guest code until [`release`](Self::release); `false` in this process, where that
+    /// cannot be done.
     pub fn hold(&self, vcpu: usize) -> bool {
         match &self.guest {
             RunningGuest::Kvm(vm, _) => vm.hold(vcpu),

@@ -152,7 +152,8 @@ pub struct WorkerReport {
 }
 
 impl SharedMailbox {
-    /// Copies everything about device `index`, for a guest with `vcpu_count` vCPUs and a region of `block_count` blocks.
+    /// Copies everything about device `index`, for a guest with `vcpu_count` vCPUs and a region of `block_count`
+    /// blocks.
     pub(crate) fn report(&self, index: usize, vcpu_count: usize, block_count: u64) -> Report {
         let driver = &self.drivers[index];
         let load = |field: &AtomicU64| field.load(Ordering::Relaxed);

@@ -3,8 +3,8 @@
 /// Characters that are shown at the most.
 const MAX_LEN: usize = 300;
 
-/// `text`, from a server or a guest, fit to be shown: what would control a terminal, or change the direction or the place of
-/// what is beside it, is replaced, and what is too long is cut.
+/// `text`, from a server or a guest, fit to be shown: what would control a terminal, or change the direction or the
+/// place of what is beside it, is replaced, and what is too long is cut.
 #[must_use]
 pub fn clean(text: &str) -> String {
     let fit = |c| match is_unfit(c) {

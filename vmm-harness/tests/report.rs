@@ -175,8 +175,8 @@ const TOO_WIDE: &str = r#"
     && element.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5)
     .map(element => element.outerHTML.slice(0, 200))"#;
 
-/// Each line that marks something: in which figure, what it is, and where in the frame, as shares from the left and the top;
-/// and the highest place of what is held below it.
+/// Each line that marks something: in which figure, what it is, and where in the frame, as shares from the left and the
+/// top; and the highest place of what is held below it.
 const RULES: &str = r#"
 [...document.querySelectorAll(".rule")].map(rule => {
     const svg = rule.closest("svg"), frame = svg.querySelector(".frame").getBoundingClientRect();

@@ -1,5 +1,5 @@
-//! Stress runs, short ones: every pattern, workload and fault, on KVM and in this process. Each is a process of its own:
-//! what it holds, which a run checks, is then nobody else's.
+//! Stress runs, short ones: every pattern, workload and fault, on KVM and in this process. Each is a process of its
+//! own: what it holds, which a run checks, is then nobody else's.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[expect(dead_code, reason = "a stress run makes its own devices")]
@@ -273,6 +273,7 @@ fn what_was_measured_of_a_guest_goes_together() {
             }
         }
         // Of one look each: a map that has nothing is of a sample that has nothing.
+        let mut compared = 0;
         for map in json["vms"][0]["maps"].as_array().unwrap() {
             let of = |sample: &&Value| sample["seconds"] == map["seconds"];
             let Some(sample) = samples.iter().find(of) else {
@@ -281,7 +282,9 @@ fn what_was_measured_of_a_guest_goes_together() {
             let shares = map["shares"].as_str().unwrap();
             let has_some = shares.chars().any(|share| share != '0');
             assert_eq!(sample["plugged"] != 0, has_some, "{sample} {shares}");
+            compared += 1;
         }
+        assert!(compared > 0);
     }
 }
 

@@ -108,8 +108,8 @@ impl LentFiles {
     /// The pieces that lie in `range` are lent no longer; nothing is left of them in this process. Their contents are
     /// the lender's.
     ///
-    /// Blocks of theirs stay plugged, and stay so until they are unplugged; whoever reads or writes them still finds zeroes
-    /// of this process's own, and loses what it writes.
+    /// Blocks of theirs stay plugged, and stay so until they are unplugged; whoever reads or writes them still finds
+    /// zeroes of this process's own, and loses what it writes.
     ///
     /// # Errors
     ///
@@ -214,8 +214,8 @@ unsafe impl Backing for LentFiles {
         Ok(())
     }
 
-    /// What of the files is in memory, or, on disk files, in the page cache; not what was swapped out, and of files of huge
-    /// pages not what only others have touched.
+    /// What of the files is in memory, or, on disk files, in the page cache; not what was swapped out, and of files of
+    /// huge pages not what only others have touched.
     fn resident_bytes(&self) -> io::Result<u64> {
         // Not under the lock: it takes a while, and a range that is taken back meanwhile is still mapped.
         let ranges: Vec<_> = self

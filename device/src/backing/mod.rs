@@ -111,8 +111,8 @@ pub unsafe trait Backing: Debug + Send + Sync {
     /// Whatever the host says.
     fn resident_bytes(&self) -> io::Result<u64>;
 
-    /// As [`resident_bytes`](Self::resident_bytes), for who knows that only `open` can have any: ranges in order, none of which
-    /// overlap. A backing whose host is asked page by page need not ask about the others.
+    /// As [`resident_bytes`](Self::resident_bytes), for who knows that only `open` can have any: ranges in order, none
+    /// of which overlap. A backing whose host is asked page by page need not ask about the others.
     ///
     /// # Errors
     ///

@@ -53,8 +53,8 @@ impl<M> Hotplug<M> {
         Ok(found.map(|(pfn, obstacle)| (pfn << shift, obstacle)))
     }
 
-    /// The addresses of the allocated pages that cannot be moved now, because they are unmovable or pinned, in no order.
-    /// It looks at every allocated page once.
+    /// The addresses of the allocated pages that cannot be moved now, because they are unmovable or pinned, in no
+    /// order. It looks at every allocated page once.
     pub fn fixed_pages(&self) -> impl Iterator<Item = u64> + '_ {
         let shift = self.config.profile.page_shift;
         self.handles.fixed().map(move |pfn| pfn << shift)

@@ -11,7 +11,8 @@ pub const BOOT_MAGIC: u64 = 0x7631_6d65_6d76_0003;
 /// How the guest finds its world. One per guest, in boot memory; the guest only reads it.
 ///
 /// Every vCPU enters the image at its entry point with `rdi` = address of this, `rsi` = vCPU index, `rdx` =
-/// TSC frequency in kHz and `rsp` = the top of a stack of its own, at ring 3 in 64-bit mode, all memory mapped one to one.
+/// TSC frequency in kHz and `rsp` = the top of a stack of its own, at ring 3 in 64-bit mode, all memory mapped one to
+/// one.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct BootInfo {
@@ -240,8 +241,8 @@ impl Shortfall {
 /// The most vCPUs a guest can have.
 pub const MAX_VCPUS: usize = 16;
 
-/// The most memory devices a guest can have: with as many, mailbox and boot information are one page each, and a node for
-/// each is as many as most machines have.
+/// The most memory devices a guest can have: with as many, mailbox and boot information are one page each, and a node
+/// for each is as many as most machines have.
 pub const MAX_DEVICES: usize = 4;
 
 /// What the driver of one memory device says of itself.

@@ -34,8 +34,8 @@ pub trait Platform: Sync {
 
     /// Blocks until [`Mailbox::interrupt`] or [`Mailbox::command`] is not zero, a report is asked for, or
     /// [`now_ms`](Self::now_ms) reaches `deadline_ms`. May return early, and does so at least once for each time one of
-    /// the first three has happened, should another vCPU have dealt with it already. A platform that cannot block with a
-    /// deadline spins once and returns if there is one.
+    /// the first three has happened, should another vCPU have dealt with it already. A platform that cannot block with
+    /// a deadline spins once and returns if there is one.
     fn wait(&self, deadline_ms: Option<u64>);
 
     /// Called in short waits for another vCPU, or for the device while it is likely to answer soon.

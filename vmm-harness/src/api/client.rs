@@ -58,7 +58,8 @@ pub enum ClientError {
     Host(#[from] io::Error),
 }
 
-/// Sends one request to the API at `socket` and waits for the answer, for `patience` at the most; `Null` if that has no body.
+/// Sends one request to the API at `socket` and waits for the answer, for `patience` at the most; `Null` if that has no
+/// body.
 ///
 /// # Errors
 ///
@@ -73,7 +74,8 @@ pub fn request(
     on_runtime(patience, call(socket, method, path, body))
 }
 
-/// Waits until somebody listens at `socket`, for `patience` at the most. That nobody does is for the next request to find out.
+/// Waits until somebody listens at `socket`, for `patience` at the most. That nobody does is for the next request to
+/// find out.
 ///
 /// # Errors
 ///
@@ -125,8 +127,8 @@ pub async fn call(
     }
 }
 
-/// Tells `on_event` what happens after the event with the number `after`, or from now on without it, and its number, until
-/// there will be no more. Of events that were lost to us it is told without one.
+/// Tells `on_event` what happens after the event with the number `after`, or from now on without it, and its number,
+/// until there will be no more. Of events that were lost to us it is told without one.
 ///
 /// # Errors
 ///
@@ -188,8 +190,8 @@ fn refused(status: StatusCode, body: &Value) -> ClientError {
     }
 }
 
-/// Sends one request, on a connection of its own, and waits for the whole answer, whatever that is, for two minutes at the
-/// most.
+/// Sends one request, on a connection of its own, and waits for the whole answer, whatever that is, for two minutes at
+/// the most.
 ///
 /// # Errors
 ///

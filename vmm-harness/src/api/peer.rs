@@ -21,7 +21,8 @@ impl Peer {
         UnixStream::from_std(StdStream::from(socket)).map(Self)
     }
 
-    /// Until the client has closed the connection. One that will only send no more is not gone: it waits for its answer.
+    /// Until the client has closed the connection. One that will only send no more is not gone: it waits for its
+    /// answer.
     pub(super) async fn gone(&self) {
         while let Ok(ready) = self.0.ready(Interest::WRITABLE).await {
             // Both directions: EPOLLHUP, and not EPOLLRDHUP.

@@ -63,7 +63,8 @@ pub(crate) struct StressArgs {
     /// What all guests together may have [default: what they can have]
     #[arg(long, value_name = "SIZE")]
     budget: Option<Size>,
-    /// How long a resize may take without progress or a reason; a guest is looked at every 40 ms or so, below that all is stuck
+    /// How long a resize may take without progress or a reason; a guest is looked at every 40 ms or so, below that all
+    /// is stuck
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "30s")]
     stuck_after: Duration,
     /// Write a page with plots, and the data behind it, into this folder

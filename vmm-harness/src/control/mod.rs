@@ -1,7 +1,7 @@
 //! What can be done to a memory device from outside its guest: one set of operations behind every front end.
 //!
-//! The lines of [`serve`](crate::serve) and the HTTP of [`api`](crate::api) both end here. [`Controller`] is one device;
-//! [`Instance`] is a guest with one or several, before and after it is started.
+//! The lines of [`serve`](crate::serve) and the HTTP of [`api`](crate::api) both end here. [`Controller`] is one
+//! device; [`Instance`] is a guest with one or several, before and after it is started.
 
 mod events;
 mod instance;

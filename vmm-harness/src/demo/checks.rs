@@ -107,7 +107,8 @@ pub(crate) fn reached(
     })
 }
 
-/// Everything that must hold once the guest has worked in its memory for a while; the resident bytes measured on the way.
+/// Everything that must hold once the guest has worked in its memory for a while; the resident bytes measured on the
+/// way.
 pub(crate) fn step(
     device: &VirtioMem,
     expected: &Expected<'_>,

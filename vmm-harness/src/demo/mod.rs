@@ -245,8 +245,8 @@ pub fn run(options: &DemoOptions, out: &mut dyn Write) -> Result<Summary, DemoEr
     Ok(summary)
 }
 
-/// Plugging more than the pool of huge pages holds is BUSY, and whoever plugs up to `most` bytes would wait for somebody
-/// to fill it.
+/// Plugging more than the pool of huge pages holds is BUSY, and whoever plugs up to `most` bytes would wait for
+/// somebody to fill it.
 pub(crate) fn check_pool(backing: BackingKind, most: u64) -> Result<(), DemoError> {
     const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
     if backing != BackingKind::Hugetlb2m {

@@ -1,4 +1,5 @@
-//! Resizing from another terminal: a Unix socket that takes lines as [`crate::serve`] does, and answers each as it does.
+//! Resizing from another terminal: a Unix socket that takes lines as [`crate::serve`] does, and answers each as it
+//! does.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};

@@ -220,8 +220,8 @@ impl OverTime<'_> {
         figure(&format!("blocks-{index}"), &title, &legend, &note, chart)
     }
 
-    /// What the guests hold of the budget, on top of each other. Unlike samples of several guests, these are sums of one
-    /// moment.
+    /// What the guests hold of the budget, on top of each other. Unlike samples of several guests, these are sums of
+    /// one moment.
     fn held(&self) -> String {
         let Recording { run, vms, held, .. } = self.recording;
         let sums = held.iter().map(Held::sum);

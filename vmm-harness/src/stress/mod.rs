@@ -11,9 +11,9 @@
 //! A guest lives for some hundred resizes and is then ended, all its pages verified; what the process holds then is
 //! compared with what it held before.
 //!
-//! Sizes, waits and faults, and the moments these are tried at, follow from the seed, and so does what the guest chooses.
-//! What does not is the timing of threads: where a resize is when the next one comes, which request a fault hits, which
-//! pages a worker has when blocks go, and what is granted to whom under a budget.
+//! Sizes, waits and faults, and the moments these are tried at, follow from the seed, and so does what the guest
+//! chooses. What does not is the timing of threads: where a resize is when the next one comes, which request a fault
+//! hits, which pages a worker has when blocks go, and what is granted to whom under a budget.
 
 mod blocks;
 mod budget;

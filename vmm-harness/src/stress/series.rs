@@ -96,8 +96,8 @@ impl<T> Series<T> {
     }
 }
 
-/// Leaves the last entry and, of each value, the first at which it was least and the first at which it was most. Each is
-/// an entry as it came: its values are of one moment.
+/// Leaves the last entry and, of each value, the first at which it was least and the first at which it was most. Each
+/// is an entry as it came: its values are of one moment.
 pub(super) fn keep_extremes<T>(entries: &mut Vec<T>, values: &[fn(&T) -> u64]) {
     let mut kept = vec![false; entries.len()];
     for value in values {

@@ -105,8 +105,8 @@ impl Server {
     }
 
     /// Waits for a client and serves it until it goes. Nothing of it is left when this returns: its memory is unmapped,
-    /// its descriptors are closed, and all blocks are unplugged. What it had plugged keeps its contents: the guest may run
-    /// on without the device.
+    /// its descriptors are closed, and all blocks are unplugged. What it had plugged keeps its contents: the guest may
+    /// run on without the device.
     ///
     /// # Errors
     ///

@@ -47,8 +47,8 @@ impl Session {
         }
     }
 
-    /// The client is gone: nothing of it stays here. Its memory is left as it is, since its guest may run on without the
-    /// device; so it is unmapped before the blocks are unplugged, which then gives nothing back.
+    /// The client is gone: nothing of it stays here. Its memory is left as it is, since its guest may run on without
+    /// the device; so it is unmapped before the blocks are unplugged, which then gives nothing back.
     pub(super) fn end(&mut self) {
         self.transport.reset();
         self.irqs.clear();

@@ -128,8 +128,8 @@ impl BlockMap {
         self.kinds.is_empty()
     }
 
-    /// How many blocks a cell has to stand for if there are no more than `max_cells`: a power of two, so that cells and rows
-    /// begin at round addresses.
+    /// How many blocks a cell has to stand for if there are no more than `max_cells`: a power of two, so that cells and
+    /// rows begin at round addresses.
     #[must_use]
     pub fn blocks_per_cell(&self, max_cells: usize) -> usize {
         self.len().div_ceil(max_cells.max(1)).next_power_of_two()

@@ -47,7 +47,8 @@ const AREAS: [Series; 3] = [
     ('█', Color::Green, "resident", |sample| sample.resident),
 ];
 
-/// Draws all that is known, as far as there is room: of the panels, the events go first, then the requests, then the blocks.
+/// Draws all that is known, as far as there is room: of the panels, the events go first, then the requests, then the
+/// blocks.
 pub fn draw(frame: &mut Frame<'_>, view: &View) {
     let area = frame.area();
     if area.width < MIN_WIDTH || area.height < MIN_HEIGHT {

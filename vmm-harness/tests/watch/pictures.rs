@@ -308,7 +308,8 @@ fn prompt_and_what_it_led_to_are_on_the_last_line() {
     );
 }
 
-/// Whatever a server or a guest writes, no cell has anything in it that moves a cursor, and each row is as wide as it was.
+/// Whatever a server or a guest writes, no cell has anything in it that moves a cursor, and each row is as wide as it
+/// was.
 #[test]
 fn hostile_text_stays_in_its_place() {
     let hostile = "\x1b[2J\x1b]0;owned\x07\u{9b}31m\r\n\u{202e}\u{200d}";
