@@ -38,8 +38,16 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Signs of life an event may take.
 const HEARTBEATS: usize = 12;
 
-/// Each waits for a report of the guest.
-const LOOKS: usize = 1000;
+/// Times are short only where a test waits for them to be over.
+const LIMITS: Limits = Limits {
+    connections: 32,
+    streams: 2,
+    body: BODY_LIMIT,
+    head_time: PATIENCE,
+    body_time: PATIENCE,
+    read_time: PATIENCE,
+    stop_time: PATIENCE,
+};
 
 /// A server, and the guest it controls.
 struct Rig {
@@ -65,6 +73,15 @@ impl Rig {
     }
 
     fn with(guest: GuestKind, worker_pages: u64, others: &[DeviceOptions]) -> Self {
+        Self::limited(guest, worker_pages, others, LIMITS)
+    }
+
+    fn limited(
+        guest: GuestKind,
+        worker_pages: u64,
+        others: &[DeviceOptions],
+        limits: Limits,
+    ) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("vmem-api-{}-{number}.sock", std::process::id());
@@ -79,14 +96,6 @@ impl Rig {
         };
         let instance =
             Arc::new(Instance::new(GuestOptions::new(options, others.to_vec())).unwrap());
-        let limits = Limits {
-            streams: 2,
-            body: BODY_LIMIT,
-            body_time: Duration::from_millis(200),
-            head_time: Duration::from_secs(1),
-            read_time: Duration::from_secs(1),
-            ..Limits::default()
-        };
         let listener = ServerSocket::bind(&socket).unwrap();
         let server = ApiServer::start(listener, Arc::clone(&instance), limits).unwrap();
         Self {
@@ -147,11 +156,13 @@ impl Rig {
         assert_eq!(ended["state"], "settled", "{ended}");
     }
 
-    /// Bytes as they are, on a connection of their own; everything that comes back until the server closes it.
+    /// Bytes as they are, and then no more, on a connection of their own; everything that comes back until the server
+    /// closes it.
     fn raw(&self, bytes: &[u8]) -> String {
         let mut stream = self.connect();
         // A server that has refused the beginning need not read the rest.
         let _ = stream.write_all(bytes);
+        let _ = stream.shutdown(Shutdown::Write);
         read_all(&mut stream)
     }
 
@@ -181,14 +192,27 @@ impl Rig {
         lines
     }
 
-    /// All there is to know, but for what a guest counts while it runs.
+    /// The status of a device once the guest's driver is at rest, and has said so: until then each look is another.
+    fn at_rest(&self, id: &str) -> Value {
+        until(|| {
+            let status = self.get(&format!("/hotplug/memory/{id}"));
+            let guest = &status["guest"];
+            let knows = guest["plugged_size"] == status["plugged_size"];
+            (guest["driver_state"] == "settled" && knows).then_some(status)
+        })
+    }
+
+    /// All there is to know of a guest that is at rest or has not started, but for what it counts while it runs.
     fn state(&self) -> Value {
+        let devices = self.instance.devices();
+        if self.get("/")["state"] == "Running" {
+            devices.iter().for_each(|id| drop(self.at_rest(id)));
+        }
         let blocks = match self.json("GET", "/hotplug/memory/blocks", &Value::Null) {
             (200, blocks) => blocks,
             (status, _) => json!(status),
         };
         let operations = self.json("GET", "/operations", &Value::Null);
-        let devices = self.instance.devices();
         let devices = devices
             .iter()
             .map(|id| self.get(&format!("/hotplug/memory/{id}")));
@@ -301,7 +325,11 @@ fn server_answers_as_the_document_says() {
         document: Document::new(),
         seen: BTreeSet::new(),
     };
-    let rig = Rig::new(GuestKind::InProcess, 64);
+    let limits = Limits {
+        body_time: Duration::from_millis(200),
+        ..LIMITS
+    };
+    let rig = Rig::limited(GuestKind::InProcess, 64, &[], limits);
     let mut ok =
         |rig: &Rig, method: &str, path: &str, id: &str, query: &str, body: &Value, status: u16| {
             let path_of = path.replace("{id}", id).replace("{device}", id);
@@ -359,9 +387,12 @@ fn server_answers_as_the_document_says() {
         (&status["plugged_size_mib"], &status["requested_size_mib"]),
         (&json!(512), &json!(512))
     );
-    let blocks = ok(&rig, "GET", "/hotplug/memory/blocks", "", "", none, 200);
-    let letters = blocks["blocks"].as_str().unwrap();
-    assert_eq!((letters.matches('#').count(), letters.len()), (128, 256));
+    // The guest knows a moment later than the device.
+    until(|| {
+        let blocks = ok(&rig, "GET", "/hotplug/memory/blocks", "", "", none, 200);
+        let letters = blocks["blocks"].as_str().unwrap();
+        ((letters.matches('#').count(), letters.len()) == (128, 256)).then_some(())
+    });
     ok(&rig, "GET", "/hotplug/memory/state", "", "", none, 409);
     ok(&rig, "PUT", "/hotplug/memory/freeze", "", "", none, 204);
     let state = ok(&rig, "GET", "/hotplug/memory/state", "", "", none, 200);
@@ -455,7 +486,9 @@ fn server_answers_as_the_document_says() {
             let method = &endpoint.method;
             let head =
                 format!("{method} {target} HTTP/1.1\r\nHost: vmem\r\nContent-Length: 9\r\n\r\n");
-            let answer = rig.raw(head.as_bytes());
+            let mut stream = rig.connect();
+            stream.write_all(head.as_bytes()).unwrap();
+            let answer = read_all(&mut stream);
             let (head, body) = answer.split_once("\r\n\r\n").unwrap();
             let status = head[9..12].parse().unwrap();
             let header = |name: &str| {
@@ -787,6 +820,7 @@ fn events_until(
         assert!(schema.is_valid(&event), "{event}");
         let done = last(&event);
         events.push(event);
+        heartbeats = 0;
         if done {
             return events;
         }
@@ -1015,10 +1049,7 @@ fn devices_are_resized_frozen_and_saved_each_on_its_own_and_their_nodes_are_told
         let mut stream = rig.events(None);
         // Node and plugged MiB, once the guest has come to rest: then as much of the node is online.
         let sizes = |id: &str| {
-            let path = format!("/hotplug/memory/{id}");
-            let mut looks = (0..LOOKS).map(|_| rig.get(&path));
-            let settled = |status: &Value| status["guest"]["driver_state"] == "settled";
-            let status = looks.find(settled).expect("the driver settles");
+            let status = rig.at_rest(id);
             let guest = &status["guest"];
             assert_eq!(guest["online_size"], status["plugged_size"], "{status}");
             let number = |value: &Value| value.as_u64().unwrap();
@@ -1130,11 +1161,7 @@ fn metrics_follow_the_device() {
     for size in [256 * MIB, 6 * MIB] {
         rig.resize_device("counted", size);
         // At rest: then no more requests come.
-        let status = until(|| {
-            let status = rig.get(path);
-            let settled = status["guest"]["driver_state"] == "settled";
-            (settled && status["guest"]["plugged_size"] == size).then_some(status)
-        });
+        let status = rig.at_rest("counted");
         let after = metrics(&rig);
         for (series, value) in [
             (of_region("virtio_mem_requested_bytes", ""), size),
@@ -1185,6 +1212,9 @@ fn metrics_follow_the_device() {
     }
     assert_eq!(rig.put(&format!("{path}/freeze")), 204);
     assert_eq!(metrics(&rig)[&of_device("vmem_frozen")], 1.0);
+    until(|| (rig.get(path)["guest"]["pages_verified"].as_u64() > Some(0)).then_some(()));
+    assert_eq!(rig.get(path)["guest"]["pages_wrong"], 0);
+    // These have no labels: they are of all guests of the process, and so of all tests that run.
     assert_eq!(metrics(&rig)["vmem_guest_pages_wrong_total"], 0.0);
     assert!(metrics(&rig)["vmem_guest_pages_verified_total"] > 0.0);
 }
@@ -1192,13 +1222,15 @@ fn metrics_follow_the_device() {
 #[test]
 fn silent_connections_are_closed_and_the_socket_is_its_users_only() {
     use std::os::unix::fs::PermissionsExt;
-    let rig = Rig::new(GuestKind::InProcess, 0);
+    let limits = Limits {
+        head_time: Duration::from_secs(1),
+        ..LIMITS
+    };
+    let rig = Rig::limited(GuestKind::InProcess, 0, &[], limits);
     let mode = fs::metadata(&rig.socket).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     // More than are served at a time: those that say nothing lose their place.
-    let silent: Vec<_> = (0..Limits::default().connections)
-        .map(|_| rig.connect())
-        .collect();
+    let silent: Vec<_> = (0..LIMITS.connections).map(|_| rig.connect()).collect();
     assert_eq!(rig.get("/")["state"], "Not started");
     for mut stream in silent {
         assert_eq!(read_all(&mut stream), "");
@@ -1210,8 +1242,14 @@ const UNREAD: usize = 4096;
 
 #[test]
 fn clients_that_read_nothing_lose_their_places() {
-    let rig = Rig::new(GuestKind::InProcess, 0);
-    let deaf: Vec<_> = (0..Limits::default().connections)
+    // One that is read from before it has lost its place is answered, and then has nothing more to say.
+    let limits = Limits {
+        read_time: Duration::from_secs(1),
+        head_time: Duration::from_secs(5),
+        ..LIMITS
+    };
+    let rig = Rig::limited(GuestKind::InProcess, 0, &[], limits);
+    let deaf: Vec<_> = (0..LIMITS.connections)
         .map(|_| {
             let mut stream = rig.connect();
             stream.set_nonblocking(true).unwrap();
@@ -1284,7 +1322,7 @@ fn clients_that_have_gone_give_their_places_back() {
     let body = json!({"requested_size": "64M"});
     assert_eq!(rig.json("POST", "/operations", &body).0, 201);
     // Once all places were taken by who is gone, nobody would be served; the next request is begun and never ended.
-    for _ in 0..2 * Limits::default().connections {
+    for _ in 0..2 * LIMITS.connections {
         let mut waiting = rig.connect();
         let head = b"GET /operations/1?wait=1h HTTP/1.1\r\nHost: vmem\r\n\r\nG";
         waiting.write_all(head).unwrap();

@@ -205,6 +205,15 @@ mod tests {
         }
     }
 
+    /// Leaves what a killed server does. It never listened: a child that another test is about to start may have a
+    /// descriptor of it for a moment, and would be taken for a server.
+    fn leave_stale(path: &Path) {
+        let flags = SocketFlags::CLOEXEC;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    }
+
     #[test]
     fn file_is_its_users_only_and_goes_away_with_the_socket() {
         let path = path("mode");
@@ -243,7 +252,7 @@ mod tests {
         assert!(path.exists());
         drop(live);
         // What a server leaves that was killed.
-        drop(UnixListener::bind(&path).unwrap());
+        leave_stale(&path);
         fs::write(lock(&path), "1\n").unwrap();
         let socket = ServerSocket::bind(&path).unwrap();
         UnixStream::connect(&path).unwrap();
@@ -276,6 +285,8 @@ mod tests {
         rustix::net::listen(&other, 0).unwrap();
         while holder(ServerSocket::bind(&path)) != 0 {}
         assert!(path.exists() && !lock(&path).exists());
+        // Also that of a child about to be started.
+        rustix::net::shutdown(&other, rustix::net::Shutdown::Both).unwrap();
         drop(other);
         drop(ServerSocket::bind(&path).unwrap());
     }
@@ -285,7 +296,7 @@ mod tests {
         let path = path("race");
         for _ in 0..200 {
             // What each of them has to replace.
-            drop(UnixListener::bind(&path).unwrap());
+            leave_stale(&path);
             let (tried, bound) = (AtomicU32::new(0), AtomicU32::new(0));
             thread::scope(|scope| {
                 for _ in 0..4 {

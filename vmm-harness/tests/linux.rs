@@ -4,7 +4,6 @@
 mod linux {
     use std::fs;
     use std::io::{BufRead, BufReader, Read, Write};
-    use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
     use std::process::{Command, Stdio};
 
@@ -69,8 +68,11 @@ mod linux {
     fn packages_for_another_architecture_are_not_tried() {
         let dir = tempfile::tempdir().unwrap();
         let dpkg = dir.path().join("dpkg");
-        fs::write(&dpkg, "#!/bin/sh\necho arm64\n").unwrap();
-        fs::set_permissions(&dpkg, fs::Permissions::from_mode(0o755)).unwrap();
+        // By a child: one that another test is about to start may have what is open here, and what is open for writing
+        // cannot be executed.
+        let write = "printf '#!/bin/sh\necho arm64\n' > \"$0\" && chmod 755 \"$0\"";
+        let written = Command::new("sh").args(["-c", write]).arg(&dpkg).status();
+        assert!(written.unwrap().success());
         let (code, error) = vmem_linux(&dir, |command| {
             command.env("PATH", dir.path());
         });

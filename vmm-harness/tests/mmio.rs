@@ -4,6 +4,7 @@
 #[path = "common/ring.rs"]
 mod ring;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -33,7 +34,7 @@ struct Rig {
     transport: MmioTransport,
     memory: Arc<BootMemory>,
     interrupts: Receiver<()>,
-    _events: EventLoop,
+    events: EventLoop,
 }
 
 impl Rig {
@@ -59,7 +60,7 @@ impl Rig {
             transport,
             memory,
             interrupts,
-            _events: events,
+            events,
         }
     }
 
@@ -414,7 +415,8 @@ fn v_13_spurious_notifications_change_nothing() {
     for value in [0, 1, u32::MAX] {
         rig.write(VIRTIO_MMIO_QUEUE_NOTIFY, value);
     }
-    // A reset waits for the handler, which has then seen all there was to see.
+    // The handler has been called by then.
+    rig.events.remote().barrier().unwrap();
     rig.write(VIRTIO_MMIO_STATUS, 0);
     assert_eq!((rig.used_index(), rig.plugged_size()), (0, 0));
 }
@@ -466,12 +468,19 @@ fn looking_does_not_wait_for_a_request_that_runs() {
     rig.write(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
     rig.interrupts.recv_timeout(LONG).unwrap();
 
+    let begun = &AtomicBool::new(false);
     // The request is not over, and a reset by another vCPU has to wait for it. Were there a lock in the way
     // of these reads they would wait as well, for ever.
     thread::scope(|scope| {
         let registers = &rig.transport;
         let status = u64::from(VIRTIO_MMIO_STATUS);
-        scope.spawn(move || registers.write(status, &[0; 4]));
+        scope.spawn(move || {
+            begun.store(true, Ordering::Release);
+            registers.write(status, &[0; 4]);
+        });
+        while !begun.load(Ordering::Acquire) {
+            thread::yield_now();
+        }
         for _ in 0..1000 {
             assert_eq!(rig.read(0x100), 2 << 20);
             rig.read(VIRTIO_MMIO_CONFIG_GENERATION);

@@ -121,7 +121,7 @@ struct Rig {
     memory: Arc<BootMemory>,
     signals: Arc<Signals>,
     received: Receiver<Signal>,
-    _events: EventLoop,
+    events: EventLoop,
 }
 
 impl Rig {
@@ -147,7 +147,7 @@ impl Rig {
             memory,
             signals,
             received,
-            _events: events,
+            events,
         }
     }
 
@@ -777,7 +777,8 @@ fn notifications_are_the_index_of_the_queue_in_16_bits() {
     for (offset, width, value) in [(0, 4, 0), (0, 1, 0), (2, 2, 0), (0, 2, 1)] {
         rig.write_at(notify, offset, width, value);
     }
-    // A reset waits for the handler: it has not been called, or it would have answered.
+    // The handler was not called, or it would have answered by now.
+    rig.events.remote().barrier().unwrap();
     rig.set_status(0);
     assert_eq!(ring::used_index(&rig.memory), 0);
     rig.run();

@@ -10,12 +10,13 @@ mod pty;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use common::kvm_or_skip;
 use pty::Terminal;
+use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -308,6 +309,15 @@ fn the_summary_and_its_json_say_what_was_done() {
     assert!(json.get("vms").is_none());
 }
 
+/// Waits for the threads of a guest: signals are waited for by then.
+fn await_guest(run: &mut Child) {
+    let threads = format!("/proc/{}/task", run.id());
+    while fs::read_dir(&threads).unwrap().count() < 4 {
+        assert_eq!(run.try_wait().unwrap(), None);
+        thread::yield_now();
+    }
+}
+
 #[test]
 fn a_signal_ends_a_run_in_order() {
     for pattern in PATTERNS {
@@ -317,11 +327,7 @@ fn a_signal_ends_a_run_in_order() {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        // Its threads are there once it has a guest: signals are waited for by then.
-        let threads = format!("/proc/{}/task", run.id());
-        while fs::read_dir(&threads).unwrap().count() < 4 {
-            thread::yield_now();
-        }
+        await_guest(&mut run);
         kill_process(Pid::from_child(&run), Signal::INT).unwrap();
         let mut out = String::new();
         let mut stdout = run.stdout.take().unwrap();
@@ -338,6 +344,9 @@ fn a_signal_ends_a_run_in_order() {
 fn a_second_signal_ends_a_run_that_cannot_end() {
     // Nobody reads what it says in the end.
     let (reader, mut writer) = std::io::pipe().unwrap();
+    fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
+    while writer.write(&[0; 4096]).is_ok() {}
+    fcntl_setfl(&writer, OFlags::empty()).unwrap();
     let mut run = Command::new(env!("CARGO_BIN_EXE_vmem"))
         .args([
             "stress",
@@ -348,14 +357,10 @@ fn a_second_signal_ends_a_run_that_cannot_end() {
             "--duration",
             "1h",
         ])
-        .stdout(writer.try_clone().unwrap())
+        .stdout(writer)
         .spawn()
         .unwrap();
-    let fills = thread::spawn(move || while writer.write_all(&[0; 4096]).is_ok() {});
-    let threads = format!("/proc/{}/task", run.id());
-    while fs::read_dir(&threads).unwrap().count() < 4 {
-        thread::yield_now();
-    }
+    await_guest(&mut run);
     let code = loop {
         kill_process(Pid::from_child(&run), Signal::INT).unwrap();
         thread::sleep(Duration::from_millis(100));
@@ -365,7 +370,6 @@ fn a_second_signal_ends_a_run_that_cannot_end() {
     };
     assert_eq!(code, Some(130));
     drop(reader);
-    fills.join().unwrap();
 }
 
 #[test]
@@ -376,6 +380,11 @@ fn progress_is_a_bar_on_a_terminal_and_ctrl_c_ends_the_run() {
         command.args(args);
         Terminal::new(command, 120, 24)
     };
+    let mut many = run(&["--resizes", "1000000", "--pattern", "thrash"]);
+    many.until_shown("/1000000 ");
+    many.press(b"\x03");
+    assert_eq!(many.end().0, Some(4));
+
     let mut endless = run(&["--duration", "1h", "--pattern", "thrash"]);
     // How far, how fast, and how long still.
     endless.until("the bar", |rows| {
@@ -390,7 +399,6 @@ fn progress_is_a_bar_on_a_terminal_and_ctrl_c_ends_the_run() {
     assert!(contents.contains(last), "{contents}");
 
     let short = run(&["--resizes", "100", "--pattern", "thrash"]);
-    short.until_shown("/100 ");
     let (code, contents) = short.end();
     assert_eq!(code, Some(0), "{contents}");
     let rest = contents.lines().nth(1).unwrap();

@@ -4,7 +4,7 @@
 mod common;
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{LONG, device, kvm_or_skip};
 use vmm_harness::{GuestKind, Machine, MachineConfig, Outcome};
@@ -34,6 +34,15 @@ fn thread_count() -> usize {
     names.filter(|name| name.starts_with("vmem-")).count()
 }
 
+/// Waits until there are so many; one that was joined is still listed for a moment.
+fn await_threads(count: usize) {
+    let begun = Instant::now();
+    while thread_count() != count {
+        assert!(begun.elapsed() < LONG, "{} threads", thread_count());
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn stopped_guests_leave_no_thread_behind() {
     if !kvm_or_skip() {
@@ -47,19 +56,17 @@ fn stopped_guests_leave_no_thread_behind() {
         assert_eq!(machine.wait(pause), None);
         if round == 0 {
             // The event loop and the vCPU that spins, once they have given themselves their names.
-            while thread_count() < 2 {
-                std::thread::yield_now();
-            }
+            await_threads(2);
         }
         assert_eq!(machine.stop(Duration::ZERO), Outcome::Stopped);
-        assert_eq!(thread_count(), 0);
+        await_threads(0);
 
         let machine = start(2, WAIT);
         assert_eq!(machine.wait(pause), None);
         assert_eq!(machine.stop(LONG), Outcome::Exited);
-        assert_eq!(thread_count(), 0);
+        await_threads(0);
 
         drop(start(1, SPIN));
-        assert_eq!(thread_count(), 0);
+        await_threads(0);
     }
 }

@@ -36,9 +36,6 @@ const UPKEEP: Duration = Duration::from_secs(5);
 /// How long a wait sleeps before it looks again, whatever it has heard.
 const WAIT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long clients have for the rest of their answers when the server stops.
-const STOP_GRACE: Duration = Duration::from_secs(1);
-
 /// What a client may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -54,6 +51,8 @@ pub struct Limits {
     pub body_time: Duration,
     /// For a client to read some of what it is sent; then the connection is closed.
     pub read_time: Duration,
+    /// For all clients to read what they are sent when the server stops.
+    pub stop_time: Duration,
 }
 
 impl Default for Limits {
@@ -65,6 +64,7 @@ impl Default for Limits {
             head_time: Duration::from_secs(10),
             body_time: Duration::from_secs(10),
             read_time: Duration::from_secs(10),
+            stop_time: Duration::from_secs(1),
         }
     }
 }
@@ -124,7 +124,7 @@ impl ApiServer {
                 }
                 // Until nobody is connected any more.
                 let all = u32::try_from(limits.connections).unwrap_or(u32::MAX);
-                if timeout(STOP_GRACE, api.connections.acquire_many(all))
+                if timeout(limits.stop_time, api.connections.acquire_many(all))
                     .await
                     .is_err()
                 {

@@ -239,9 +239,18 @@ mod tests {
 
     #[test]
     fn silence_panic_and_the_end_are_told_apart_with_the_last_lines() {
-        let mut console = guest(|_| Some("before\nhalf".into()));
+        let mut console = guest(|command| match command {
+            "a" => Some(String::new()),
+            _ => Some("before\nhalf".into()),
+        });
+        // Said before the time is taken in which there is no answer.
+        console.send(b"x y\n").unwrap();
+        while !console.partial.ends_with(b"half") {
+            let bytes = console.output.recv_timeout(LONG).unwrap();
+            console.partial.extend(bytes);
+        }
         let error = console
-            .run("a", Duration::from_millis(300))
+            .run("a", Duration::from_millis(10))
             .unwrap_err()
             .to_string();
         assert!(

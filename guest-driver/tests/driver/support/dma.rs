@@ -4,6 +4,7 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
@@ -17,6 +18,9 @@ struct Allocation {
 
 /// All live allocations, by physical address.
 static ARENA: Mutex<BTreeMap<PhysAddr, Allocation>> = Mutex::new(BTreeMap::new());
+
+/// The next physical address.
+static NEXT: AtomicU64 = AtomicU64::new(0x10_0000);
 
 /// A [`Hal`] over the process's heap. Sharing memory that is not DMA memory panics (G-08).
 #[derive(Debug)]
@@ -68,14 +72,10 @@ unsafe impl Hal for FakeHal {
     fn dma_alloc(pages: usize, _direction: BufferDirection) -> (PhysAddr, NonNull<u8>) {
         // SAFETY: The layout is not empty.
         let host = NonNull::new(unsafe { alloc_zeroed(layout(pages)) }).unwrap();
-        let mut arena = arena();
         // Never the same address twice, so that stale ones are noticed; a gap between any two.
-        let address = arena
-            .last_key_value()
-            .map_or(0x10_0000, |(address, allocation)| {
-                address + ((allocation.pages + 1) * PAGE_SIZE) as u64
-            });
-        arena.insert(
+        let len = ((pages + 1) * PAGE_SIZE) as u64;
+        let address = NEXT.fetch_add(len, Ordering::Relaxed);
+        arena().insert(
             address,
             Allocation {
                 host: host.as_ptr() as usize,
