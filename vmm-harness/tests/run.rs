@@ -238,10 +238,16 @@ fn devices_are_named_on_the_command_line() {
     let (code, stdout, stderr) = run(&["resize", "256M", "--wait"]);
     let said = (0, "256 MiB of 256 MiB plugged\n");
     assert_eq!((code, stdout.as_str()), said, "{stderr}");
-    let (_, stdout, _) = run(&["status"]);
-    for line in ["device     mem1\n", "256 MiB online on node 1"] {
-        assert!(stdout.contains(line), "{stdout}");
-    }
+    // Its driver brings online what is plugged.
+    let begun = Instant::now();
+    let stdout = loop {
+        let (_, stdout, _) = run(&["status"]);
+        if stdout.contains(" settled, 256 MiB online on node 1,") {
+            break stdout;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{stdout}");
+    };
+    assert!(stdout.starts_with("device     mem1\n"), "{stdout}");
     let (_, all, _) = output(&["status", "--api-sock", api[3]]);
     let heads = all.lines().filter(|line| line.starts_with("device"));
     let heads: Vec<_> = heads.collect();
