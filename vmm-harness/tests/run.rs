@@ -187,8 +187,10 @@ fn resize_freeze_snapshot_and_restore_have_their_exit_codes() {
     );
     assert_eq!(run(&["freeze"]).0, 0);
     let hopeless = ["resize", "256M", "--wait", "--deadline", "100ms"];
+    let begun = Instant::now();
     let (code, stderr) = loop {
         let (code, _, stderr) = run(&hopeless);
+        assert!(begun.elapsed() < PATIENCE, "{stderr}");
         // A machine that has no time for the server; asked again, it is the same request.
         if !stderr.contains("the server does not answer") {
             break (code, stderr);

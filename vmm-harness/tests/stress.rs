@@ -12,7 +12,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::kvm_or_skip;
 use pty::Terminal;
@@ -361,7 +361,9 @@ fn a_second_signal_ends_a_run_that_cannot_end() {
         .spawn()
         .unwrap();
     await_guest(&mut run);
+    let begun = Instant::now();
     let code = loop {
+        assert!(begun.elapsed() < Duration::from_secs(60));
         kill_process(Pid::from_child(&run), Signal::INT).unwrap();
         thread::sleep(Duration::from_millis(100));
         if let Some(status) = run.try_wait().unwrap() {

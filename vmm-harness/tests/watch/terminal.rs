@@ -62,7 +62,8 @@ fn live_guest_is_shown_and_the_terminal_is_given_back() {
     terminal.until("requests", |rows| {
         rows.iter().any(|row| {
             let mut words = row.split_whitespace();
-            words.by_ref().take(2).eq(["│plug", "ack"]) && words.next() != Some("0")
+            words.by_ref().take(2).eq(["│plug", "ack"])
+                && words.next().is_some_and(|count| count != "0")
         })
     });
 

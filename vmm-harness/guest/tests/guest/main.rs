@@ -141,7 +141,8 @@ fn device_that_does_not_answer_is_noticed_by_a_sleeping_guest() {
         let device = Device::new(4 * GIB, GIB, 2 * MIB);
         Host::run_with_clock(&device, parameters, 1000, |host| {
             host.resize(0);
-            // One request only: whoever sees the answers missing has no time to say so.
+            // One request only: were all of them held, the guest's fast clock would be over before this thread, which
+            // has to be given a CPU first, let them go.
             let lost = Misbehave::Lost { done: false };
             device.state().misbehave.push_back(lost);
             device.request(64 * MIB);
